@@ -1,0 +1,261 @@
+"""One vocabulary for every stage: recipe files with `base`, dotted overrides, --help and errors, from the dataclasses.
+
+A stage calls `command(StageConfig, run)`. Words on its command line are laid over each other from left to right:
+a recipe (a path, or a name in pipelines/recipes/), then `key=value` or `--key value` with dotted keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import inspect
+import os
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.spec import ConfigError, Part, Raw, build, fields, kind_of, near, part_of, plain
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+class InputError(Exception):
+    """Input that cannot be used (a file, a folder, data, a machine): the message says what, where and what would do."""
+
+
+class Yaml(yaml.SafeLoader):
+    """YAML 1.2 scalars: 6e-3 is a number; `no`, 0123 and 12:30 are the words they look like."""
+
+
+Yaml.yaml_implicit_resolvers = {
+    first: [r for r in resolvers if r[0] == "tag:yaml.org,2002:null"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+):
+    Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def read_yaml(text: str, where: str = "") -> Any:
+    """Parse YAML 1.2 text. Raises InputError with the line of the fault."""
+    try:
+        return yaml.load(text, Yaml)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where or 'YAML'}{line}: {getattr(error, 'problem', None) or error}") from None
+
+
+def write_yaml(tree: Any) -> str:
+    """Plain data as YAML that `read_yaml` reads back equal."""
+    return yaml.dump(tree, sort_keys=False, allow_unicode=True, width=100, Dumper=_Dumper)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `Yaml` reads back: floats with a point or exponent, words that look like numbers quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.yaml_implicit_resolvers = Yaml.yaml_implicit_resolvers
+
+
+def overlay(old: Any, new: Any) -> Any:
+    """`new` laid over `old`: mappings of the same kind of part merge; another kind, a list or a value replaces."""
+    if isinstance(old, str) and isinstance(new, dict) and not isinstance(old, Raw) and new.get("kind", old) == old:
+        return {"kind": old, **new}  # options for a part that was named only
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        if isinstance(old, dict) and isinstance(new, str) and old.get("kind") == new:
+            return old
+        return new
+    if new.get("kind", old.get("kind")) != old.get("kind"):
+        return new
+    return {**old, **{k: overlay(old.get(k), v) for k, v in new.items()}}
+
+
+def recipe(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a recipe file, laid over its `base`. name: a path, or the name of a file in pipelines/recipes/."""
+    path = Path(name)
+    if not path.is_file():
+        path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise InputError(f"no recipe {str(name)!r}: neither a file nor a name in {RECIPES.name}/{near(name, known)}")
+    path = path.resolve()
+    if path in seen:
+        raise InputError(f"recipe {path.name}: its `base` leads back to itself")
+    try:
+        tree = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    except UnicodeDecodeError:
+        raise InputError(f"recipe {path}: not UTF-8 text") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"recipe {path}: a mapping is needed")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    beside = path.parent / f"{base}.yaml"
+    return overlay(recipe(beside if beside.is_file() else base, (*seen, path)), tree)
+
+
+def scalar(text: str) -> Any:
+    """A value as typed on the command line: YAML, with the text kept for fields that are text."""
+    try:
+        value = yaml.load(text, Yaml)  # noqa: S506
+    except yaml.YAMLError:
+        return text  # `--prompt "Once: upon"` is text, not YAML
+    return Raw(text, value) if not isinstance(value, (dict, list, str)) else (text if isinstance(value, str) else value)
+
+
+def override(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`a.b.c` = value laid over the tree."""
+    for word in reversed(key.split(".")):
+        value = {word: value}
+    return overlay(tree, value)
+
+
+def defaults_under(cls: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """Give the options of a default part a place to land: `norm.eps=1e-5` keeps the default norm's kind."""
+    out = dict(tree)
+    for name, (tp, f) in fields(cls).items():
+        if not isinstance(out.get(name), dict):
+            continue
+        default = f.default if f.default is not dc.MISSING else None
+        if f.default_factory is not dc.MISSING:
+            default = f.default_factory()
+        base = part_of(tp)
+        if base is not None and isinstance(default, Part) and "kind" not in out[name]:
+            out[name] = {"kind": kind_of(default), **out[name]}
+        inner: Any = tp if dc.is_dataclass(tp) else None
+        if base is not None:
+            inner = base.kinds.get(str(out[name].get("kind")))
+        if inner is not None and dc.is_dataclass(inner):
+            out[name] = {
+                **({"kind": out[name]["kind"]} if "kind" in out[name] else {}),
+                **defaults_under(typing.cast(type, inner), {k: v for k, v in out[name].items() if k != "kind"}),
+            }
+    return out
+
+
+def assemble(words: Sequence[str], cls: type, positional: str | None = None) -> Any:
+    """Command-line words -> a config of type `cls`. positional: the field that a bare word fills (else: a recipe)."""
+    tree: dict[str, Any] = {}
+    names = fields(cls)
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word.startswith("--"):
+            key, given, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            is_switch = key in names and names[key][0] is bool
+            if not given:
+                follows = queue[0] if queue else None
+                if is_switch and follows not in ("true", "false"):
+                    value = "true"
+                elif follows is None:
+                    raise ConfigError(f"--{key} needs a value")
+                else:
+                    value = queue.pop(0)
+        elif re.match(r"[A-Za-z_][\w.\[\]]*=", word):
+            key, _, value = word.partition("=")
+        elif positional is not None and positional not in tree and not word.endswith((".yaml", ".yml")):
+            key, value = positional, word
+        else:
+            tree = overlay(tree, recipe(word))
+            continue
+        if key == "recipe" and "recipe" not in names:
+            tree = overlay(tree, recipe(value))
+            continue
+        parsed: Any = scalar(value)
+        tp = names[key][0] if key in names else None
+        if _takes_text(tp) and not (_is_repeatable(tp) and value.startswith("[")) and value not in ("null", "~"):
+            parsed = value  # `--prompt "Once: upon"` is text, whatever YAML would make of it
+        if key in tree and _is_repeatable(tp) and not isinstance(parsed, list):
+            parsed = [*(tree[key] if isinstance(tree[key], list) else [tree[key]]), parsed]
+        tree = override(tree, key, parsed)
+    return build(cls, defaults_under(cls, tree))
+
+
+def _takes_text(tp: Any) -> bool:
+    return tp is str or _is_repeatable(tp) or (str in typing.get_args(tp) and part_of(tp) is None)
+
+
+def _is_repeatable(tp: Any) -> bool:
+    """`--prompt a --prompt b` collects in a field of type tuple[str, ...]."""
+    return typing.get_origin(tp) in (list, tuple) and typing.get_args(tp)[0] is str
+
+
+def describe(cls: type, at: str = "", positional: str | None = None) -> list[str]:
+    """The lines of --help: dotted key, default, choices and the docstring's words for every field."""
+    said: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        said.update(re.findall(r"^\s*(\w+): (.+)$", inspect.cleandoc(base.__dict__.get("__doc__") or ""), re.M))
+    lines = []
+    for name, (tp, f) in fields(cls).items():
+        default: Any = f.default if f.default is not dc.MISSING else None
+        if f.default_factory is not dc.MISSING:
+            default = f.default_factory()
+        required = f.default is dc.MISSING and f.default_factory is dc.MISSING
+        base = part_of(tp)
+        if dc.is_dataclass(tp) and base is None:
+            if name in said:
+                lines.append(f"  {at + name + '.':38} {said[name]}")
+            lines += describe(typing.cast(type, tp), f"{at}{name}.")
+            continue
+        shown = kind_of(default) if isinstance(default, Part) else ("(required)" if required else plain(default))
+        text = said.get(name, "")
+        if base is not None:
+            text = f"{text} [{', '.join(base.kinds)}]".strip()
+        elif typing.get_origin(tp) is typing.Literal:
+            text = f"{text} [{', '.join(map(str, typing.get_args(tp)))}]".strip()
+        if name == positional:
+            text += "  (may stand without its name)"
+        shown = {None: "none", True: "true", False: "false"}.get(shown, shown) if not isinstance(shown, list) else shown
+        lines.append(f"  {at + name + '=' + str(shown):38} {text}".rstrip())
+        if isinstance(default, Part) and dc.is_dataclass(default):
+            lines += describe(type(default), f"{at}{name}.")
+    return lines
+
+
+def usage(cls: type, positional: str | None = None) -> str:
+    """The whole of --help for a stage."""
+    stage = sys.modules[cls.__module__]
+    program = cls.__module__
+    word = f"{positional.upper()} " if positional else ""
+    head = inspect.cleandoc(stage.__doc__ or cls.__doc__ or "")
+    recipes = "RECIPE.yaml " if not positional else ""
+    return "\n".join(
+        [head, "", f"python -m {program} {word}{recipes}key=value ... [--debug]", "", "settings and defaults:"]
+        + describe(cls, positional=positional)
+    )
+
+
+def command(
+    cls: type, run: Callable[[Any], Any], argv: Sequence[str] | None = None, positional: str | None = None
+) -> int:
+    """A stage as a command: parse, run, and turn bad input into one line and exit code 2 (--debug: a traceback)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [w for w in words if w != "--debug"]
+    if {"-h", "--help"} & set(words):
+        print(usage(cls, positional))
+        return 0
+    try:
+        outcome = run(assemble(words, cls, positional))
+    except (ConfigError, InputError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0

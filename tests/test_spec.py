@@ -1,0 +1,159 @@
+"""models/spec.py and pipelines/lib/config.py: one schema gives YAML, overrides, help and errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from models.spec import ConfigError, Part, build, flatten, plain
+from pipelines.lib.config import InputError, assemble, command, describe, read_yaml, recipe, write_yaml
+
+
+class Norm(Part):
+    """A norm."""
+
+
+@dataclass(frozen=True)
+class RMS(Norm):
+    """eps: added under the root."""
+
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Partial(Norm):
+    fraction: float = 0.25
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction} is outside (0, 1]; try 0.25")
+
+
+Norm.kinds = {"rmsnorm": RMS, "prmsnorm": Partial}
+
+
+@dataclass(frozen=True)
+class Optim:
+    """lr: peak learning rate"""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A thing.
+
+    norm: which norm
+    steps: how many updates
+    """
+
+    out: str = "runs/x"
+    norm: Norm | tuple[Norm, ...] = RMS()
+    optim: Optim = field(default_factory=Optim)
+    steps: int = 10
+    mode: Literal["a", "b"] = "a"
+    limit: int | None = None
+    prompt: tuple[str, ...] = ()
+    fast: bool = False
+
+
+def test_plain_then_build_is_the_identity():
+    config = build(
+        Config, {"norm": [{"kind": "prmsnorm", "fraction": 0.5}, "rmsnorm"], "steps": 1e3, "optim": {"lr": 1}}
+    )
+    assert config.norm == (Partial(0.5), RMS())
+    assert config.steps == 1000
+    assert build(Config, plain(config)) == config
+    assert build(Config, read_yaml(write_yaml(plain(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lrr=1"], "optim.lrr: Optim has no field 'lrr'; did you mean 'lr'?"),
+        (["norm=rmsnrm"], "norm: Norm 'rmsnrm' does not exist; did you mean 'rmsnorm'?"),
+        (["norm.fraction=0.5"], "norm.fraction: RMS has no field 'fraction'; there is eps"),
+        (["norm={kind: prmsnorm, fraction: 2}"], "norm: fraction=2.0 is outside (0, 1]; try 0.25"),
+        (["steps=1.5"], "steps='1.5' is no whole number"),
+        (["steps=true"], "steps='true' is no whole number"),
+        (["fast=1"], "fast='1' is no true or false"),
+        (["mode=c"], "mode='c'; there is a, b"),
+        (["optim.betas=[0.9]"], "optim.betas=[0.9]: 2 values are needed"),
+        (["optim=3"], "optim='3': a mapping is needed; Optim has lr, betas"),
+    ],
+)
+def test_an_error_names_the_key_the_value_and_the_nearest_right_one(words, message):
+    with pytest.raises(ConfigError) as caught:
+        assemble(words, Config)
+    assert str(caught.value) == message
+
+
+def test_overrides_merge_into_the_default_part_and_replace_another_kind():
+    assert assemble(["norm.eps=1e-5"], Config).norm == RMS(1e-5)
+    assert assemble(["norm=prmsnorm", "norm.fraction=0.5"], Config).norm == Partial(0.5)
+    assert assemble(["norm.eps=1e-5", "norm=prmsnorm"], Config).norm == Partial()
+    assert assemble(["optim.lr=6e-3"], Config).optim == Optim(lr=6e-3)
+
+
+def test_text_fields_keep_the_text_as_typed():
+    assert assemble(["out=007"], Config).out == "007"
+    assert assemble(["out=no"], Config).out == "no"
+    assert assemble(["--prompt", "Once: upon", "--prompt", "12"], Config).prompt == ("Once: upon", "12")
+    assert assemble(["limit=null"], Config).limit is None
+    assert assemble(["limit=5", "--fast"], Config) == Config(limit=5, fast=True)
+    assert assemble(["runs/y"], Config, positional="out").out == "runs/y"
+
+
+def test_yaml_scalars_are_those_of_yaml_1_2():
+    assert read_yaml("[6e-3, no, 0123, 12:30, 1_000, .5, 1., true, null, ~, -.inf, 1e5]") == [
+        6e-3, "no", "0123", "12:30", 1000, 0.5, 1.0, True, None, None, float("-inf"), 1e5,
+    ]  # fmt: skip
+    for value in (6e-3, 1e-8, 1e20, "no", "1e5", "0123", "null", True, None, "a: b", 1.0):
+        assert read_yaml(write_yaml({"x": value})) == {"x": value}
+
+
+def test_a_recipe_states_only_its_difference_from_its_base(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 5\nnorm: {kind: prmsnorm, fraction: 0.5}\noptim: {lr: 1e-2}\n")
+    (tmp_path / "b.yaml").write_text("base: a\noptim: {betas: [0.8, 0.9]}\nnorm: rmsnorm\n")
+    config = assemble([str(tmp_path / "b.yaml"), "steps=6"], Config)
+    assert config == Config(steps=6, norm=RMS(), optim=Optim(1e-2, (0.8, 0.9)))
+    (tmp_path / "c.yaml").write_text("base: d\n")
+    (tmp_path / "d.yaml").write_text("base: c\n")
+    with pytest.raises(InputError, match="leads back to itself"):
+        recipe(tmp_path / "c.yaml")
+    (tmp_path / "e.yaml").write_text("steps: [1\n")
+    with pytest.raises(InputError, match=r"e\.yaml line 2"):
+        recipe(tmp_path / "e.yaml")
+
+
+def test_help_says_every_field_its_default_and_its_words(capsys):
+    lines = describe(Config)
+    assert any(line.split() == ["norm=rmsnorm", "which", "norm", "[rmsnorm,", "prmsnorm]"] for line in lines)
+    assert any("norm.eps=1e-06" in line and "added under the root" in line for line in lines)
+    assert any("optim.lr=0.001" in line and "peak learning rate" in line for line in lines)
+    assert command(Config, lambda c: None, ["--help"]) == 0
+    assert "steps=10" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_exit_code_2(capsys):
+    assert command(Config, lambda c: None, ["stepps=3"]) == 2
+    assert capsys.readouterr().err == "error: stepps: Config has no field 'stepps'; did you mean 'steps'?\n"
+    assert command(Config, lambda c: None, ["no_such_recipe"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+    def fails(config):
+        raise InputError("two\nlines")
+
+    assert command(Config, fails, []) == 2
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_flatten_gives_one_dotted_name_per_setting():
+    assert flatten(plain(Config(norm=(RMS(), Partial())))) == {
+        "out": "runs/x", "norm[0]": "rmsnorm", "norm[0].eps": 1e-6, "norm[1]": "prmsnorm", "norm[1].fraction": 0.25,
+        "optim.lr": 1e-3, "optim.betas": [0.9, 0.95], "steps": 10, "mode": "a", "limit": None, "prompt": [],
+        "fast": False,
+    }  # fmt: skip
