@@ -47,7 +47,7 @@ for _tag, _pattern, _first in (
 def read_yaml(text: str, where: str = "") -> Any:
     """Parse YAML 1.2 text. Raises InputError with the line of the fault."""
     try:
-        return yaml.load(text, Yaml)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Yaml)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -109,7 +109,7 @@ def recipe(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def scalar(text: str) -> Any:
     """A value as typed on the command line: YAML, with the text kept for fields that are text."""
     try:
-        value = yaml.load(text, Yaml)  # noqa: S506
+        value = yaml.load(text, Yaml)
     except yaml.YAMLError:
         return text  # `--prompt "Once: upon"` is text, not YAML
     return Raw(text, value) if not isinstance(value, (dict, list, str)) else (text if isinstance(value, str) else value)
@@ -196,8 +196,8 @@ def _is_repeatable(tp: Any) -> bool:
 def describe(cls: type, at: str = "", positional: str | None = None) -> list[str]:
     """The lines of --help: dotted key, default, choices and the docstring's words for every field."""
     said: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        said.update(re.findall(r"^\s*(\w+): (.+)$", inspect.cleandoc(base.__dict__.get("__doc__") or ""), re.M))
+    for ancestor in reversed(cls.__mro__):
+        said.update(re.findall(r"^\s*(\w+): (.+)$", inspect.cleandoc(ancestor.__dict__.get("__doc__") or ""), re.M))
     lines = []
     for name, (tp, f) in fields(cls).items():
         default: Any = f.default if f.default is not dc.MISSING else None
@@ -218,7 +218,8 @@ def describe(cls: type, at: str = "", positional: str | None = None) -> list[str
             text = f"{text} [{', '.join(map(str, typing.get_args(tp)))}]".strip()
         if name == positional:
             text += "  (may stand without its name)"
-        shown = {None: "none", True: "true", False: "false"}.get(shown, shown) if not isinstance(shown, list) else shown
+        if shown is None or isinstance(shown, bool):
+            shown = {None: "null", True: "true", False: "false"}[shown]
         lines.append(f"  {at + name + '=' + str(shown):38} {text}".rstrip())
         if isinstance(default, Part) and dc.is_dataclass(default):
             lines += describe(type(default), f"{at}{name}.")
@@ -232,10 +233,8 @@ def usage(cls: type, positional: str | None = None) -> str:
     word = f"{positional.upper()} " if positional else ""
     head = inspect.cleandoc(stage.__doc__ or cls.__doc__ or "")
     recipes = "RECIPE.yaml " if not positional else ""
-    return "\n".join(
-        [head, "", f"python -m {program} {word}{recipes}key=value ... [--debug]", "", "settings and defaults:"]
-        + describe(cls, positional=positional)
-    )
+    call = f"python -m {program} {word}{recipes}key=value ... [--debug]"
+    return "\n".join([head, "", call, "", "settings and defaults:", *describe(cls, positional=positional)])
 
 
 def command(

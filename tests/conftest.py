@@ -1,0 +1,40 @@
+"""What tests share: one Ray session, the folder of real data, one OpenMP thread, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP pools on two cores are far slower than one
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # Ray Train lets one report through per poll
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("NOVELLA_DATA") or REPO.parent / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder of real texts and known answers; a test that needs it says so when it is not there."""
+    if not DATA.is_dir():
+        pytest.skip(f"needs the real data folder; set NOVELLA_DATA (looked in {DATA})")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory):
+    """One local Ray for all tests of the session."""
+    from pipelines.lib.cluster import ensure_ray
+
+    ray = ensure_ray()
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path, monkeypatch):
+    """Every test tracks into its own folder, never into the project's."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
