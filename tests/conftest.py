@@ -29,7 +29,9 @@ def ray_session(tmp_path_factory):
     """One local Ray for all tests of the session."""
     from pipelines.lib.cluster import ensure_ray
 
-    ray = ensure_ray()
+    ensure_ray(num_cpus=4)  # two workers of a fit, its controller's tasks, and a replica beside them
+    import ray
+
     yield ray
     ray.shutdown()
 
