@@ -182,7 +182,7 @@ class Tokens:
         self.n_tokens, self.n_documents = int(self.first[-1]), int(self.first_document[-1])
         self._mapped: dict[int, np.ndarray] = {}
         self._offsets: dict[int, np.ndarray] = {}
-        self._windows: dict[tuple[int, int], np.ndarray] = {}
+        self._first: list[int] = self.first.tolist()  # plain numbers: indexing an array costs a microsecond
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("shards", "dtype", "n_bytes", "eot_id")}
@@ -227,19 +227,13 @@ class Tokens:
         """Windows at `starts`: [B] -> [B, length] int64."""
         starts = np.asarray(starts, np.int64)
         out = np.empty((len(starts), length), np.int64)
-        shard = np.searchsorted(self.first, starts, "right") - 1
-        for s in np.unique(shard):
-            rows = np.flatnonzero(shard == s)
-            if not 0 <= s < len(self.shards):
-                self.window(int(starts[rows[0]]), length)  # raises, naming the range
-            inside = rows[starts[rows] + length <= self.first[s + 1]]
-            if len(inside):
-                key = (int(s), length)
-                if key not in self._windows:
-                    self._windows[key] = np.lib.stride_tricks.sliding_window_view(self.array(int(s)), length)
-                out[inside] = self._windows[key][starts[inside] - self.first[s]]
-            for row in np.setdiff1d(rows, inside):
-                out[row] = self.window(int(starts[row]), length)
+        shards = (np.searchsorted(self.first, starts, "right") - 1).tolist()
+        for row, (start, shard) in enumerate(zip(starts.tolist(), shards, strict=True)):
+            if 0 <= shard < len(self.shards) and start + length <= self._first[shard + 1]:
+                begin = start - self._first[shard]
+                out[row] = self.array(shard)[begin : begin + length]  # copies and widens in one pass
+            else:
+                out[row] = self.window(start, length)
         return out
 
     def documents(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
