@@ -2,8 +2,8 @@
 
     python -m pipelines.lib.jobs head          # a Ray head on 127.0.0.1 for `ray job submit`, in the foreground
 
-A job runs in an uploaded copy of the working directory, which Ray deletes when it needs the room. So a stage passes each
-path of its config through `storage_path`, which puts relative ones under the folder that $NOVELLA_STORAGE names.
+A job runs in an uploaded copy of the working directory, which Ray deletes when it needs the room. So a stage passes
+each path of its config through `storage_path`, which puts relative ones under the folder that $NOVELLA_STORAGE names.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def storage_root() -> Path:
         return root
     if UPLOADED in Path.cwd().parts:
         raise InputError(
-            f"{STORAGE} is not set in this Ray job, and its working directory is a copy that Ray deletes; start the head "
-            f"with {STORAGE}=/a/shared/folder, or submit with "
+            f"{STORAGE} is not set in this Ray job, and its working directory is a copy that Ray deletes; start the "
+            f"head with {STORAGE}=/a/shared/folder, or submit with "
             f'--runtime-env-json \'{{"env_vars": {{"{STORAGE}": "/a/shared/folder"}}}}\''
         )
     return Path.cwd()

@@ -16,7 +16,7 @@ READ_BYTES = 1 << 20  # one read of the tail: about 3,000 metric lines
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one line in a single write; what is no JSON type is written as its text. NaN and infinities stay as they are."""
+    """Add one line in a single write; what is no JSON type is written as its text. NaN and infinities stay."""
     line = (json.dumps(row, default=str) + "\n").encode()
     with open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
@@ -28,7 +28,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def rows(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """The whole lines from byte `offset` on, each with the offset after it; None stands for a line that is no JSON object.
+    """The whole lines from byte `offset` on, each with the offset after it; None is a line that is no JSON object.
 
     A file that is missing gives nothing. One that has become shorter than `offset` is read from its beginning.
     """
