@@ -1,0 +1,327 @@
+"""What every model family shares: the door (padding, positions, memory), embedding and head, the Hugging Face protocol.
+
+B batch, T time, D model width, V vocabulary, R memory rows. A family gives `applications` and `stack`; the engine knows
+`run` and `memory` only; training calls `hidden` and builds its loss on it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from models.memory import At, Mem, Slots
+from models.parts.block import Block, BlockSpec
+from models.roles import decay_names, initialise, mark
+from models.spec import ConfigError, Part, build, fields, near, plain
+
+FORMAT_VERSION = 1  # of config.json; raised when a field changes its meaning, with a migration in FamilyConfig
+
+
+class Family(Part):
+    """A family's spec: a frozen dataclass of plain numbers and parts. All of them have the fields named here."""
+
+    kinds: ClassVar[dict[str, type]]
+    vocab_size: int | None
+    d_model: int
+    seq_len: int
+    dropout: float
+    tie_embeddings: bool
+    init_std: float
+
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """One spec per layer, per-layer lists resolved."""
+        raise NotImplementedError
+
+    def n_parameters(self) -> int:
+        """Trainable parameters, by formula; a tied head counts once. Needs vocab_size."""
+        raise NotImplementedError
+
+    @property
+    def vocab(self) -> int:
+        """vocab_size, which must be known by now. Raises ConfigError."""
+        if self.vocab_size is None:
+            raise ConfigError("vocab_size is not known yet; it comes with the tokenizer, or set model.vocab_size")
+        return self.vocab_size
+
+
+class FamilyConfig(PreTrainedConfig):
+    """A PreTrainedConfig around a Family: its JSON holds the declared fields, `spec` is the dataclass.
+
+    Takes the family's fields as keywords, as plain data or as built parts.  Raises ConfigError for what does not fit.
+    """
+
+    family: ClassVar[type]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "seq_len",
+        "tie_word_embeddings": "tie_embeddings",
+    }
+    format_version: int = FORMAT_VERSION
+
+    # transformers makes a dataclass of every subclass and passes what it does not know to __post_init__.
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise ConfigError(
+                f"config.json has format_version={self.format_version}, this version reads up to {FORMAT_VERSION}; "
+                "update novella"
+            )
+        names = fields(self.family)
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                kwargs[name] = kwargs.pop(alias)
+        declared = {name: kwargs.pop(name) for name in names if name in kwargs}
+        for key in kwargs:
+            if "did you mean" in near(key, names) and not hasattr(PreTrainedConfig, key):
+                raise ConfigError(f"{self.family.__name__} has no field {key!r}{near(key, names)}")
+        spec = build(self.family, {name: plain(value) for name, value in declared.items()})
+        for name in names:
+            setattr(self, name, plain(getattr(spec, name)))
+        super().__post_init__(**kwargs)
+
+    @property
+    def spec(self) -> Any:
+        """The family's frozen dataclass, from the present attributes (vocab_size follows resize_token_embeddings)."""
+        return build(self.family, {name: getattr(self, name) for name in fields(self.family)})
+
+    @classmethod
+    def of(cls, spec: Any, **kwargs: Any) -> Any:
+        """The config around a spec."""
+        return cls(**{name: plain(getattr(spec, name)) for name in fields(cls.family)}, **kwargs)
+
+
+class LM(PreTrainedModel, GenerationMixin):
+    """A causal language model of some family.
+
+    Subclasses build `blocks` (or what they have), define `applications` and `stack`, and call `self.post_init()` last.
+    """
+
+    config_class = FamilyConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]
+    _tied_weights_keys = {"head.weight": "embedding.weight"}
+    spec: Family
+    embedding: nn.Embedding
+    position: nn.Module | None
+    norm: nn.Module
+    head: nn.Linear
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.spec = config.spec
+        spec, last = self.spec, self.spec.blocks()[-1]
+        position = next((b.position for b in spec.blocks() if b.position.embeds), None)
+        self.embedding = mark(nn.Embedding(spec.vocab, spec.d_model), weight="embedding")
+        self.position = position.embedding(spec.d_model, spec.seq_len) if position is not None else None
+        self.norm = last.norm.build(spec.d_model, last.bias)
+        self.head = mark(nn.Linear(spec.d_model, spec.vocab, bias=False), weight="head")
+        self.gradient_checkpointing = False
+
+    # ---- what a family gives
+
+    def applications(self) -> list[Block]:
+        """The blocks in the order they run; one that runs twice stands here twice, each with its own memory."""
+        raise NotImplementedError
+
+    def stack(self, x: Tensor, at: At, mem: Slots | None = None, trace: list[Tensor] | None = None) -> Tensor:
+        """x [B, T, D] through all applications; application k uses mem[k]. Appends each one's output to `trace`."""
+        raise NotImplementedError
+
+    def residual_branches(self) -> int:
+        """Branches added to the residual stream, from which the `residual` role's initialisation follows."""
+        return 2 * len(self.applications())
+
+    # ---- inside: right-padded tokens that say where they stand
+
+    def apply_block(self, block: Block, x: Tensor, at: At, mem: Mem | None, shared: tuple) -> tuple[Tensor, tuple]:
+        """A block, with its activations recomputed in the backward pass when gradient checkpointing is on."""
+        if self.gradient_checkpointing and self.training and mem is None:
+            return self._gradient_checkpointing_func(block.__call__, x, at, None, shared)
+        return block(x, at, mem, shared)
+
+    def hidden(
+        self, ids: Tensor, at: At | None = None, mem: Slots | None = None, trace: list[Tensor] | None = None
+    ) -> Tensor:
+        """ids [B, T] -> [B, T, D] after the final norm, ready for `logits` or a fused loss.
+
+        at: where the tokens stand; None: whole rows from position 0.  mem: decoding memory, which is written.
+        trace: a list that receives the embedding and every application's output.
+        """
+        if at is None:
+            at = At.full(ids.shape[0], ids.shape[1], ids.device)
+        at = at._replace(tables={})
+        for block in self.applications():
+            block.mixer.prepare(at, mem is not None, self.embedding.weight.dtype)
+        x = self.embedding(ids)
+        if self.position is not None:
+            x = self.position(x, at)
+        if self.spec.dropout:
+            x = F.dropout(x, self.spec.dropout, self.training)
+        if trace is not None:
+            trace.append(x)
+        return self.norm(self.stack(x, at, mem, trace))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, V]."""
+        return self.head(x)
+
+    def run(self, ids: Tensor, at: At, mem: Slots, last: bool = False) -> Tensor:
+        """All that the engine knows: right-padded ids [B, T] at explicit rows -> logits [B, T, V].
+
+        last: only of each row's last real token, [B, 1, V], which spares the head on the rest of a prompt.
+        """
+        x = self.hidden(ids, at, mem)
+        return self.logits(last_real(x, at) if last else x)
+
+    def memory(self, rows: int, length: int = 64, dtype: torch.dtype | None = None) -> Slots:
+        """Decoding memory of `rows` x `length` tokens, in the weights' dtype unless another is named."""
+        specs = [block.mixer.memory() for block in self.applications()]
+        return Slots(specs, rows, length, dtype or self.embedding.weight.dtype, self.device)
+
+    # ---- outside: the Hugging Face protocol
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Slots | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """The transformers form, with padding on any side.
+
+        input_ids: [B, T].  attention_mask: [B, past + T], 0 = pad; pads are moved to the right inside and back again.
+        position_ids: used without memory only; with memory a key's index is its position.
+        labels: [B, T], the same tokens (shifted inside), -100 = no target; gives `loss`, the mean in nats.
+        logits_to_keep: the last so many positions, or indices; 0: all.  Raises ValueError for inputs that do not fit.
+        """
+        if input_ids is None or input_ids.dim() != 2:
+            given = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids of shape [batch, tokens] are needed, got {given}")
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds are not supported; pass input_ids")
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need all logits; leave logits_to_keep out")
+        mem = past_key_values
+        if mem is not None and not isinstance(mem, Slots):
+            raise ValueError(f"past_key_values must be the model's own memory(rows), not {type(mem).__name__}")
+        if mem is None and use_cache:
+            mem = self.memory(input_ids.shape[0], max(64, input_ids.shape[1]))
+        ids, at, back = self._door(input_ids, attention_mask, position_ids, mem.seen if mem is not None else None)
+        if mem is not None:
+            mem.grow(at.upto)
+            mem.seen = at.upto
+        trace: list[Tensor] | None = [] if output_hidden_states else None
+        x = self.hidden(ids, at, mem, trace)
+        states = (*trace[:-1], x) if trace else None
+        if back is not None:
+            x = _take(x, back)
+            states = tuple(_take(s, back) for s in states) if states else None
+        if isinstance(logits_to_keep, Tensor):
+            x = x[:, logits_to_keep]
+        elif logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        logits = self.logits(x)
+        loss = None
+        if labels is not None:
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction=reduction
+            )
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=mem, hidden_states=states)
+        return out if return_dict is not False else out.to_tuple()
+
+    def _door(
+        self, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, seen: int | None
+    ) -> tuple[Tensor, At, Tensor | None]:
+        """Tokens with the real ones first, where they stand, and the order that undoes it (None: nothing was moved)."""
+        B, T = ids.shape
+        past = seen or 0
+        if mask is not None:
+            if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] != past + T:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}; [{B}, {past + T}] is needed"
+                    f" ({past} tokens in memory, {T} new)"
+                )
+            # Looking at the mask waits for the device once per call; the engine's path (`run`) never does.
+            if not torch.compiler.is_compiling() and bool(mask.all()):
+                mask = None
+        if mask is None:
+            at = At.full(B, T, ids.device, past)
+            if position_ids is not None and seen is None:
+                at = At(position_ids.expand(B, T), upto=T)
+            return ids, at, None
+        real = mask[:, past:].bool()
+        order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        step = torch.arange(T, device=ids.device)
+        pos = mask[:, :past].sum(1, keepdim=True) + step
+        at = At(pos, real.sum(1), upto=past + T, start=None if past else 0)
+        return ids.gather(1, order), at, order.argsort(dim=1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding = mark(cast(nn.Embedding, value), weight="embedding")
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.head = mark(cast(nn.Linear, new_embeddings), weight="head")
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes its own memory
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """Recompute each block's activations in the backward pass: memory of one block instead of all."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self._set_gradient_checkpointing(True, partial(checkpoint, **options))
+
+    # ---- roles
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers calls it for every module, after building and after loading. The table is models/roles.py."""
+        initialise(module, self.spec.init_std, self.residual_branches())
+
+    def decay_parameters(self) -> set[str]:
+        """Names of the parameters that weight decay pulls on: matrices and embeddings, no gains, no biases."""
+        return decay_names(self)
+
+    def flops_per_token(self, T: int) -> float:
+        """Training FLOPs (forward and backward) per token at context T: 6 x matrix parameters + 3 x the mixers' own.
+
+        Matrix parameters are those that every application multiplies by, the head's included and lookups excluded; the
+        mixers' own are 4 n_heads head_dim T per layer for full attention. Source: PaLM, arXiv:2204.02311, appendix B.
+        """
+        matrices = sum(p.numel() for block in self.applications() for p in block.parameters() if p.dim() == 2)
+        matrices += self.head.weight.numel()
+        return 6.0 * matrices + 3.0 * sum(block.mixer.flops_per_token(T) for block in self.applications())
+
+
+def last_real(x: Tensor, at: At) -> Tensor:
+    """[B, T, D] -> [B, 1, D] at each row's last real token."""
+    return x[:, -1:] if at.n is None else _take(x, (at.n - 1).clamp(min=0)[:, None])
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, T, D] at index [B, S] along time -> [B, S, D]."""
+    return x.gather(1, index[..., None].expand(*index.shape, x.shape[-1]))
