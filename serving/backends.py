@@ -10,14 +10,16 @@ is used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from models.memory import At, Field, Slots
+from models.foreign import Foreign
+from models.lm import LM
+from models.memory import At, Slots
 
 FIRST_LENGTH = 256  # tokens a row has room for at first; doubles when needed
 
@@ -47,12 +49,16 @@ def backend_for(model: Any, rows: int, cache: bool = True) -> Backend:
     """The fastest backend that is right for this model. cache=False recomputes everything for every token."""
     if not cache:
         return Recompute(model)
-    if hasattr(model, "run") and hasattr(model, "memory"):
-        return OwnMemory(model, rows)
-    for kind in (SharedMemory, CachePerRow):
+    if isinstance(model, LM):
+        return SharedMemory(model, rows)
+    ways: tuple[Callable[[int], Backend], ...] = (
+        lambda n: SharedMemory(Foreign(model), n),
+        lambda n: CachePerRow(model),
+    )
+    for way in ways:
         try:
-            if agrees(kind(model, 2), Recompute(model), _vocab(model)):
-                return kind(model, rows)
+            if agrees(way(2), Recompute(model), int(model.get_input_embeddings().weight.shape[0])):
+                return way(rows)
         except Exception:  # a model that cannot be driven this way fails in its own way; the next one is tried
             continue
     return Recompute(model)
@@ -74,17 +80,14 @@ def agrees(one: Backend, other: Backend, vocab: int, tokens: int = 9) -> bool:
     return True
 
 
-class OwnMemory:
-    """Novella's models: right-padded batches over memory rows, through `hidden` and `logits` (so that the head runs on
-    the wanted tokens only)."""
+class SharedMemory:
+    """One memory for all rows, and right-padded batches over them: Novella's models, and foreign ones that fit."""
 
-    def __init__(self, model: Any, rows: int) -> None:
-        self.model, self.rows = model, rows
-        self.device = next(model.parameters()).device
-        self.slots: Slots = self._memory(rows)
-
-    def _memory(self, rows: int) -> Slots:
-        return self.model.memory(rows, min(FIRST_LENGTH, context_of(self.model) or FIRST_LENGTH))
+    def __init__(self, model: LM | Foreign, rows: int) -> None:
+        self.model = model
+        self.device = model.device
+        length = min(FIRST_LENGTH, context_of(model) or FIRST_LENGTH)
+        self.slots: Slots = model.memory(rows, length)
 
     def begin(self, row: int) -> None:
         self.slots.reset_rows(slice(row, row + 1))
@@ -95,93 +98,42 @@ class OwnMemory:
                 tensor[target].copy_(tensor[source])
 
     def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        ids, at, last = self._batch(feeds)
-        x = self.model.hidden(ids, at, self.slots)
-        return self.model.logits(x[:, -1] if last is None else x[last])
+        ids, at = self._batch(feeds)
+        if all(f.keep == 1 for f in feeds):
+            return self.model.run(ids, at, self.slots, last=True)[:, 0]  # the head runs on the wanted tokens only
+        every = self.model.run(ids, at, self.slots)  # [B, T, V]
+        return torch.cat([every[i, f.stop - f.start - f.keep : f.stop - f.start] for i, f in enumerate(feeds)])
 
-    def _batch(self, feeds: Sequence[Feed]) -> tuple[Tensor, At, tuple[Tensor, Tensor] | None]:
-        """ids [B, T], where they stand, and the (row, column) of every wanted token (None: the last of every row)."""
+    def _batch(self, feeds: Sequence[Feed]) -> tuple[Tensor, At]:
+        """ids [B, T], and where they stand."""
         first = feeds[0]
         n = [f.stop - f.start for f in feeds]
         T, upto = max(n), max(f.stop for f in feeds)
-        self.slots.grow(upto)
+        together = all(f.start == first.start for f in feeds)
+        self.slots.grow(max(upto, first.start + T))
         rows = [f.row for f in feeds]
         row: slice | Tensor
         if rows == list(range(rows[0], rows[0] + len(rows))):
             row = slice(rows[0], rows[0] + len(rows))  # neighbours are read without a copy
         else:
             row = torch.tensor(rows, device=self.device)
-        together = all(f.start == first.start for f in feeds)
-        tokens = [f.ids[f.start : f.stop] + [0] * (T - k) for f, k in zip(feeds, n, strict=True)]
-        ids = torch.tensor(tokens, device=self.device)
+        ids = torch.tensor(
+            [f.ids[f.start : f.stop] + [0] * (T - k) for f, k in zip(feeds, n, strict=True)], device=self.device
+        )
         starts = torch.tensor([[f.start] for f in feeds], device=self.device)
-        pos = starts if T == 1 else starts + torch.arange(T, device=self.device)
-        ragged = any(k != T for k in n)
-        at = At(
-            pos=pos,
-            n=torch.tensor(n, device=self.device) if ragged else None,
+        return ids, At(
+            pos=starts if T == 1 else starts + torch.arange(T, device=self.device),
+            n=torch.tensor(n, device=self.device) if min(n) < T else None,
             rows=row,
             upto=upto,
-            start=first.start if together and not isinstance(row, Tensor) else None,
+            start=first.start if together and isinstance(row, slice) else None,
         )
-        if not ragged and all(f.keep == 1 for f in feeds):
-            return ids, at, None
-        wanted = [(i, j) for i, (f, k) in enumerate(zip(feeds, n, strict=True)) for j in range(k - f.keep, k)]
-        i, j = torch.tensor(wanted, device=self.device).unbind(1)
-        return ids, at, (i, j)
-
-
-class SharedMemory(OwnMemory):
-    """Unmodified transformers models whose attention writes keys and values through Cache.update."""
-
-    def _memory(self, rows: int) -> Slots:
-        config = text_config(self.model)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        field = {"k": Field((heads, size)), "v": Field((heads, size))}
-        specs = [field] * config.num_hidden_layers
-        return Slots(specs, rows, FIRST_LENGTH, self.model.dtype, self.device)
-
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        ids, at, last = self._batch(feeds)
-        self.slots.at, self.slots.seen = at, at.upto - ids.shape[1]
-        keep = 1 if last is None else 0  # transformers' logits_to_keep: 0 is all
-        out = self.model(
-            input_ids=ids,
-            position_ids=at.pos,
-            attention_mask=self._masks(at),
-            past_key_values=self.slots,
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits
-        return out[:, -1] if last is None else out[last]
-
-    def _masks(self, at: At) -> Tensor | dict[str, Tensor]:
-        config = text_config(self.model)
-        keys = torch.arange(at.upto, device=self.device)
-        full = keys <= at.pos[:, :, None]  # a pad's query sees more than it should; its output is never read
-        kinds = set(getattr(config, "layer_types", None) or ())
-        window = getattr(config, "sliding_window", None)
-        if not window:
-            return self._as_asked(full)
-        near = full & (keys > at.pos[:, :, None] - window)
-        near = near | ~near.any(-1, keepdim=True)  # a pad far behind the last key would see nothing, and be NaN
-        if kinds <= {"sliding_attention"}:
-            return self._as_asked(near)
-        return {"full_attention": self._as_asked(full), "sliding_attention": self._as_asked(near)}
-
-    def _as_asked(self, seen: Tensor) -> Tensor:
-        """[B, T, S] True where visible -> [B, 1, T, S] in the form that the attention implementation takes."""
-        if self.model.config._attn_implementation == "sdpa":
-            return seen[:, None]
-        lowest = torch.finfo(self.model.dtype).min
-        return torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill(~seen, lowest)[:, None]
 
 
 class CachePerRow:
     """Any transformers model with a cache of its own kind, one row at a time."""
 
-    def __init__(self, model: Any, rows: int) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.caches: dict[int, Any] = {}
@@ -235,11 +187,7 @@ def context_of(model: Any) -> int | None:
     """Tokens that the model was made for; None when it does not say."""
     config = text_config(model)
     for name in ("seq_len", "max_position_embeddings", "n_positions", "n_ctx"):
-        value = getattr(config, name, None) or getattr(getattr(config, "spec", None), name, None)
+        value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def _vocab(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
