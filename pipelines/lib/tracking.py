@@ -155,7 +155,10 @@ class Tracker:
         """Add rows to the table `name`.json, which the MLflow page shows; a row that it has is not repeated."""
 
     def checkpoint(self, path: str | os.PathLike[str], step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Show a checkpoint folder as a logged model of the run: it names the path, nothing is uploaded or pickled."""
+        """Show a checkpoint folder as a logged model of the run: it names the path, nothing is uploaded or pickled.
+
+        metrics: its figures; without them, the `val/` figures of that step in metrics.jsonl.
+        """
 
     def uses_model(self, run_dir: str | os.PathLike[str], step: int) -> None:
         """Show that this run (an evaluation, a server) works on the checkpoint `step` of the run in `run_dir`."""
@@ -531,7 +534,8 @@ class Copy:
         if model not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model, step)])
         row = row_at(self.folder / "metrics.jsonl", step) or {}
-        values = {key: row.get(key, value) for key, value in note["values"].items()}
+        values = note["values"] or {key: value for key, value in row.items() if key.startswith("val/")}
+        values = {key: row.get(key, value) for key, value in values.items()}
         data = next((Dataset(*fields) for fields in self.state.get("datasets", [])), None)
         self._send_all(self._metrics(values, row.get("time_ms", note["time_ms"]), step, model, data))
         self.state["models"][str(step)] = model
@@ -664,7 +668,8 @@ def experiment_id(client: Any, name: str, artifacts: str | None) -> str:
                 say(f"experiment {name} had been deleted in MLflow and is restored")
             return found.experiment_id
         try:
-            return client.create_experiment(name, artifact_location=artifacts)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # opens as training runs, not as chat traces
+            return client.create_experiment(name, artifact_location=artifacts, tags=kind)
         except Exception as error:
             if code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
