@@ -21,6 +21,7 @@ import yaml
 
 from models.spec import ConfigError, Part, Raw, build, fields, kind_of, near, part_of, plain
 
+FORMAT_VERSION = 1  # of a resolved config, as written beside every output; a later version adds a migration here
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -52,6 +53,11 @@ def read_yaml(text: str, where: str = "") -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise InputError(f"{where or 'YAML'}{line}: {getattr(error, 'problem', None) or error}") from None
+
+
+def write_config(path: Path, config: Any) -> None:
+    """Write the resolved config of a stage beside its output, as a recipe that any stage reads back."""
+    path.write_text(write_yaml({"format_version": FORMAT_VERSION, **plain(config)}), encoding="utf-8")
 
 
 def write_yaml(tree: Any) -> str:
@@ -99,6 +105,9 @@ def recipe(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(f"recipe {path}: not UTF-8 text") from None
     if not isinstance(tree, dict):
         raise InputError(f"recipe {path}: a mapping is needed")
+    version = tree.pop("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: config of format_version {version}; this program reads {FORMAT_VERSION}")
     base = tree.pop("base", None)
     if base is None:
         return tree

@@ -1,0 +1,471 @@
+"""The training loop: torch only, the same for a notebook, torchrun and Ray Train.   B rows, T tokens of a micro-batch.
+
+The unit of work is the micro-batch: which tokens it holds and which dropout it sees depend on (seed, step, m) alone, and
+rank r of w computes m = r, r+w, ... Losses are sums over the global number of targets. So any number of workers makes
+the same run, nothing of a random generator is ever saved, and a run killed anywhere repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import IGNORE
+from models.families import create, load
+from models.lm import LM
+from models.loss import Loss
+from models.spec import build
+from pipelines.lib.checkpoint import Checkpoints, State, restore
+from pipelines.lib.config import InputError
+from pipelines.lib.measure import hidden_statistics, peak_flops, update_ratio
+from pipelines.lib.order import Order, Source, key
+from pipelines.lib.run import Run, resolve
+from pipelines.lib.runlog import Log, Metrics, write_sample
+from pipelines.lib.shards import TokenFolder, Tokens
+from pipelines.lib.training import TrainConfig
+from pipelines.lib.world import World
+
+INIT, ORDER, DROPOUT = 0, 1, 2  # streams of the seed
+AHEAD = 4096  # sample numbers whose places are computed at once
+
+
+@dataclass
+class Outcome:
+    """What a run came to. stopped: why it ended before its length, or None."""
+
+    step: int
+    metrics: dict[str, float]
+    stopped: str | None = None
+
+
+class Batches:
+    """Micro-batch m of step s, from the token folders of a plan."""
+
+    def __init__(self, config: TrainConfig, folders: list[TokenFolder]):
+        self.config, self.seq_len = config, config.context
+        self.splits = [folder.split("train") for folder in folders]
+        sources = [
+            Source(str(folder.path), split.n_tokens, mix.weight, fingerprint=folder.fingerprint)
+            for mix, folder, split in zip(config.mixes, folders, self.splits, strict=True)
+        ]
+        # The path does not enter the plan: a folder that moved is the same data.
+        named = [Source(f"source {i}", s.tokens, s.weight, 0, s.fingerprint) for i, s in enumerate(sources)]
+        try:
+            self.order = Order(named, self.seq_len, key(config.order_stream, ORDER))
+        except ValueError as error:
+            text = str(error)
+            for i, s in enumerate(sources):
+                text = text.replace(f"source {i}:", f"{s.name}:")
+            raise InputError(text) from None
+        self._first = -AHEAD
+        self._places: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, first token and epoch of samples first .. first + count."""
+        if self._places is None or not self._first <= first <= self._first + AHEAD - count:
+            if count > AHEAD:
+                return self.order(np.arange(first, first + count))
+            self._first, self._places = first, self.order(np.arange(first, first + AHEAD))
+        at = first - self._first
+        source, token, epoch = (x[at : at + count] for x in self._places)
+        return source, token, epoch
+
+    def micro(self, first_sample: int, m: int) -> dict[str, Tensor]:
+        """ids, targets [B, T] (and pos, doc when documents are masked) of micro-batch m of the step at first_sample."""
+        rows = self.config.micro_batch
+        source, token, _ = self.places(first_sample + m * rows, rows)
+        windows = np.empty((rows, self.seq_len + 1), np.int64)
+        for s in range(len(self.splits)) if len(self.splits) > 1 else (0,):
+            mine = source == s
+            if mine.any():
+                windows[mine] = self.splits[s].batch(token[mine], self.seq_len + 1)
+        batch = as_batch(windows)
+        if self.config.mask_documents:
+            places = [self.splits[s].documents(int(t), self.seq_len) for s, t in zip(source, token, strict=True)]
+            batch["doc"] = torch.from_numpy(np.stack([d for d, _ in places]))
+            batch["pos"] = torch.from_numpy(np.stack([p for _, p in places]))
+        return batch
+
+
+def as_batch(windows: np.ndarray) -> dict[str, Tensor]:
+    """[B, T + 1] tokens -> ids [B, T] and the next token of each as targets [B, T]."""
+    t = torch.from_numpy(windows)
+    return {"ids": t[:, :-1].contiguous(), "targets": t[:, 1:].contiguous()}
+
+
+def validation_windows(split: Tokens, seq_len: int, limit: int | None) -> np.ndarray:
+    """First tokens of the validation windows: the same for every run over a dataset, evenly spread when limited.
+
+    Windows of seq_len follow each other without a gap; the last may be shorter, so every token but the first is a
+    target once.
+    """
+    starts = np.arange(0, max(1, split.n_tokens - 1), seq_len)
+    if limit is not None and limit < split.n_tokens:
+        starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // seq_len)).astype(np.int64)]
+    return starts
+
+
+def open_data(config: TrainConfig) -> list[TokenFolder]:
+    """The token folders of a run, checked. Raises InputError for what is damaged or does not fit together."""
+    folders = []
+    for mix in config.mixes:
+        if not Path(mix.path).exists():
+            raise InputError(
+                f"data={mix.path}: no such folder; make one with python -m pipelines.tokenize out={mix.path}"
+            )
+        verify = config.verify
+        if verify == "auto":
+            size = sum(p.stat().st_size for p in Path(mix.path).iterdir()) if Path(mix.path).is_dir() else 0
+            verify = "sha256" if size < 4 * 2**30 else "size"
+        folders.append(TokenFolder.open(mix.path, verify=verify))
+    hashes = {folder.manifest.get("tokenizer", {}).get("sha256") for folder in folders}
+    if len(hashes) > 1:
+        raise InputError(
+            f"data: the folders were made with different tokenizers ({', '.join(m.path for m in config.mixes)})"
+        )
+    return folders
+
+
+class Trainer:
+    """One worker of a run: model, optimizer, data, and the step."""
+
+    def __init__(self, config: TrainConfig, run: Run, world: World, log: Log):
+        self.config, self.run, self.world, self.log = config, run, world, log
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.folders = open_data(config)
+        self.batches = Batches(config, self.folders)
+        self.total = config.total_steps(self.batches.order.samples_per_epoch)
+        self.model = self._model()
+        self.optimizers = config.optim.build(self.model)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if config.activation_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.loss: torch.nn.Module = Loss(self.model, config.z_loss)
+        if config.compile:
+            self.loss = cast(torch.nn.Module, torch.compile(self.loss, dynamic=False))
+        self.step_loss = world.wrap(self.loss)
+        self.state = State(plan=self.batches.order.hash, data=[folder.fingerprint for folder in self.folders])
+        self.checkpoints = Checkpoints(run, config.keep_last, config.keep_every, self.folders[0].tokenizer_dir, log)
+        self.flops_per_token = self.model.flops_per_token(config.context)
+        self.peak = peak_flops(world.device, config.precision)
+        table = self.folders[0].token_bytes()
+        self.token_bytes = None if table is None else torch.from_numpy(np.asarray(table, np.int64))
+        self.tokenizer = None
+        if self.folders[0].tokenizer_dir is not None:
+            from pipelines.lib.vocab import load_tokenizer
+
+            self.tokenizer = load_tokenizer(self.folders[0].tokenizer_dir)
+        self.val = self.folders[0].split("val")
+        self.val_starts = validation_windows(self.val, config.context, config.eval_tokens)
+
+    def _model(self) -> LM:
+        torch.manual_seed(key(self.config.init_stream, INIT))
+        if self.config.init_from is None:
+            model = create(self.config.model)
+        else:
+            model = load(resolve(self.config.init_from, say=self.log), dtype=torch.float32)
+        return cast(LM, model.to(self.world.device).train())
+
+    # ---- one update
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.config.precision == "bf16":
+            return torch.autocast(self.world.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.world.device.type == "cpu":
+            return batch
+        return {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
+
+    def update(self, stop: bool, measure: bool) -> dict[str, Any]:
+        """One optimizer update over the global batch. stop: this rank wishes to stop after it.
+
+        measure: also the update-to-weight ratio. Returns the step's figures; `applied` is False when it was skipped.
+        """
+        config, world, step = self.config, self.world, self.state.step
+        began = time.perf_counter()
+        mine = range(world.rank, config.micros, world.size)
+        batches = [self.batches.micro(self.state.samples, m) for m in mine]
+        read_s = time.perf_counter() - began
+        crc = sum(zlib.crc32(cast(Any, batch["ids"].numpy())) for batch in batches)
+        targets = sum(int((b["targets"] != IGNORE).sum()) for b in batches)
+        scale = world.size / config.batch_tokens  # DDP averages over the workers; the exact count is applied below
+        loss_sum = torch.zeros(2, dtype=torch.float64)
+        for i, (m, batch) in enumerate(zip(mine, batches, strict=True)):
+            torch.manual_seed(key(config.seed, DROPOUT, step, m))
+            more = i < len(batches) - 1
+            quiet = world.size > 1 and more
+            with cast(Any, self.step_loss).no_sync() if quiet else contextlib.nullcontext():
+                with self.autocast():
+                    loss, nll = self.step_loss(**self.to_device(batch))
+                (loss * scale).backward()
+            loss_sum += torch.stack([loss.detach(), nll.detach()]).to("cpu", torch.float64)
+        if not batches:  # more workers than micro-batches: take part in the average with a zero
+            batch = self.to_device(self.batches.micro(self.state.samples, 0))
+            (self.step_loss(**batch)[0] * 0.0).backward()
+        totals = torch.cat([loss_sum, torch.tensor([targets, crc, float(stop)], dtype=torch.float64)])
+        loss_total, nll_total, count, crc_total, stops = self.world.sum(totals).tolist()
+        norm, applied = self._apply(config.batch_tokens / max(1.0, count), loss_total, measure)
+        figures = {
+            "train/loss": loss_total / count,
+            "train/nll": nll_total / count,
+            "train/grad_norm": norm,
+            "data/crc": int(crc_total),  # of the token ids: equal data, equal number
+            "read_s": read_s,
+            "applied": applied,
+            "stop": stops > 0,
+        }
+        if measure and applied:
+            figures["train/update_ratio"] = self._ratio
+        self.state.step += 1
+        self.state.samples += config.rows
+        self.state.tokens += config.batch_tokens
+        return figures
+
+    def _apply(self, scale: float, loss: float, measure: bool) -> tuple[float, bool]:
+        """Scale and clip the gradients, then step. Returns (gradient norm, whether the update was made)."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            clip = self.config.grad_clip
+            factor = scale * (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0)
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
+            multiplier = self.config.schedule(self.state.step, self.total_steps())
+            before = [p.detach().clone() for p in self.parameters] if measure else []
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * multiplier
+                optimizer.step()
+            if measure:
+                self._ratio = update_ratio(before, self.parameters)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        return norm, finite
+
+    def total_steps(self) -> float:
+        """Updates of the whole run; for a run measured in seconds, as the pace so far foretells."""
+        if self.total is not None:
+            return self.total
+        assert self.config.seconds is not None
+        elapsed = self.world.agree(self.state.elapsed_s) if self.world.size > 1 else self.state.elapsed_s
+        return max(self.state.step + 1, self.state.step * self.config.seconds / max(elapsed, 1e-9))
+
+    def lr(self) -> float:
+        return next(iter(self.optimizers.values())).param_groups[0]["lr"]
+
+    # ---- validation
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean over all validation windows: nats, perplexity, bits per byte; and statistics of the hidden states."""
+        config, world, rows, T = self.config, self.world, self.config.micro_batch, self.config.context
+        self.model.eval()
+        totals = torch.zeros(3, dtype=torch.float64)
+        blocks = [self.val_starts[i : i + rows] for i in range(0, len(self.val_starts), rows)]
+        for starts in blocks[world.rank :: world.size]:
+            batch = self._validation_batch(starts, rows, T)
+            targets = batch["targets"]
+            with self.autocast():
+                _, nll = self.loss(**self.to_device(batch))
+            real = targets != IGNORE
+            n_bytes = float(self.token_bytes[targets[real]].sum()) if self.token_bytes is not None else 0.0
+            totals += torch.tensor([float(nll), float(real.sum()), n_bytes], dtype=torch.float64)
+        nll_sum, count, n_bytes = world.sum(totals).tolist()
+        figures = {"val/nll": nll_sum / count, "val/ppl": math.exp(min(700.0, nll_sum / count))}
+        if n_bytes:
+            figures["val/bpb"] = nll_sum / math.log(2) / n_bytes
+        if world.rank == 0:
+            probe = self._validation_batch(
+                self.val_starts[: max(1, 2048 // T)], min(len(self.val_starts), max(1, 2048 // T)), T
+            )
+            figures |= hidden_statistics(self.model.hidden(probe["ids"].to(world.device)))
+        self.model.train()
+        return figures
+
+    def _validation_batch(self, starts: np.ndarray, rows: int, T: int) -> dict[str, Tensor]:
+        """Always [rows, T], so that a compiled loss sees one shape; what is not there is no target."""
+        windows = np.zeros((rows, T + 1), np.int64)
+        length = np.minimum(T + 1, self.val.n_tokens - starts)
+        for n in np.unique(length):
+            windows[: len(starts)][length == n, :n] = self.val.batch(starts[length == n], int(n))
+        batch = as_batch(windows)
+        there = torch.zeros(rows, dtype=torch.int64)
+        there[: len(starts)] = torch.from_numpy(length - 1)
+        batch["targets"] = batch["targets"].masked_fill(torch.arange(T) >= there[:, None], IGNORE)
+        return batch
+
+    # ---- checkpoints
+
+    def resume(self) -> bool:
+        """Take up the newest valid checkpoint that rank 0 finds. Returns whether there was one."""
+        if self.world.rank == 0:
+            self.checkpoints.clear_unfinished()
+        newest = self.run.newest_valid(self.log) if self.world.rank == 0 else None
+        chosen = self.world.agree(str(newest) if newest else None)
+        if chosen is None:
+            return False
+        state = restore(Path(chosen), self.model, self.optimizers)
+        if state.data != self.state.data:
+            raise InputError(
+                f"the token folder has changed since {Path(chosen).name}: expected fingerprint "
+                f"{[d[:16] for d in state.data]}, found {[d[:16] for d in self.state.data]}; "
+                f"give the data this run was trained on, or another out="
+            )
+        if state.plan != self.state.plan:
+            raise InputError(f"{chosen}: its data order is another one (plan {state.plan}, now {self.state.plan})")
+        self.state = state
+        self.log(f"resumed from {Path(chosen).name}: {state.step:,} updates, {state.tokens:,} tokens")
+        return True
+
+    def save(self, best: bool, wait: bool = False) -> None:
+        if self.world.rank == 0:
+            self.checkpoints.save(self.model, self.optimizers, self.state, best, wait)
+
+
+def train(
+    job: dict[str, Any], world: World | None = None, report: Callable[[dict], None] = lambda metrics: None
+) -> Outcome:
+    """Train one run to its length, or until it is asked to stop.
+
+    job: {"config": plain TrainConfig, "run": absolute path of the run folder}.  world: default, that of the process
+    group.  report: called on every rank at each checkpoint with {"step", "checkpoint"}.
+    """
+    config: TrainConfig = build(TrainConfig, job["config"])
+    world = world or World.current(config.device)
+    run = Run(job["run"])
+    log = Log(run.log if world.rank == 0 else None)
+    try:
+        trainer = Trainer(config, run, world, log)
+        resumed = trainer.resume()
+        if not resumed and config.init_from is not None:
+            log(f"weights from {config.init_from}")
+        metrics = Metrics(run.metrics if world.rank == 0 else None)
+        return _steps(trainer, metrics, report)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
+            half = max(1, config.micro_batch // 2)
+            hint = (
+                f"try micro_batch={half}: the batch of batch_tokens={config.batch_tokens} stays the same"
+                if config.micro_batch > 1
+                else "try activation_checkpointing=true, precision=bf16 or a smaller seq_len"
+            )
+            raise InputError(
+                f"out of memory with micro_batch={config.micro_batch} rows of {config.context}; {hint}"
+            ) from error
+        raise
+    finally:
+        log.close()
+
+
+def _steps(trainer: Trainer, metrics: Metrics, report: Callable[[dict], None]) -> Outcome:
+    """From where the trainer stands to the end: update, log, validate, save."""
+    config, world, run, state, log = trainer.config, trainer.world, trainer.run, trainer.state, trainer.log
+    stopped: str | None = None
+    latest: dict[str, float] = {}
+    attempt_began, earlier_s = time.monotonic(), state.elapsed_s
+    window_began, window_steps, window_read = time.perf_counter(), 0, 0.0
+    save_every = config.save_every or config.eval_every
+
+    def finished() -> bool:
+        if trainer.total is not None:
+            return state.step >= trainer.total
+        assert config.seconds is not None
+        return bool(world.agree(state.elapsed_s >= config.seconds))
+
+    if config.patience is not None and state.stale >= config.patience:
+        stopped = f"no better validation loss in {state.stale} evaluations"
+    while not stopped and not finished():
+        following = state.step + 1
+        last = trainer.total is not None and following >= trainer.total
+        measured = last or following % config.eval_every == 0
+        figures = trainer.update(stop=run.stop_request.exists(), measure=measured)
+        state.elapsed_s = earlier_s + time.monotonic() - attempt_began
+        window_steps += 1
+        window_read += figures["read_s"]
+        if not figures["applied"]:
+            state.skipped += 1
+            log(f"step {state.step}: loss or gradient is not finite; the update was skipped ({state.skipped} so far)")
+            if config.nonfinite == "stop" or state.skipped > config.max_skipped:
+                good = run.pointed("last")
+                raise InputError(
+                    f"stopped at step {state.step}: {state.skipped} steps had a non-finite loss or gradient "
+                    f"(nonfinite={config.nonfinite}, max_skipped={config.max_skipped}); "
+                    f"the last good checkpoint is {good or 'none yet'}; try a smaller optim.lr"
+                )
+        if figures["stop"]:
+            stopped = "asked to stop"
+        if trainer.total is None and finished():
+            last = measured = True
+        row: dict[str, float] = {}
+        if measured or stopped or state.step % config.log_every == 0 or state.step == 1:
+            spent = (time.perf_counter() - window_began) / window_steps
+            row = {k: figures[k] for k in ("train/loss", "train/nll", "train/grad_norm", "data/crc")}
+            row |= {
+                "train/lr": trainer.lr(),
+                "train/tokens": state.tokens,
+                "train/tokens_per_s": config.batch_tokens / spent,
+                "train/step_time_s": spent,
+                "train/read_time_s": window_read / window_steps,
+                "train/skipped": state.skipped,
+                "train/mfu": trainer.flops_per_token * config.batch_tokens / spent / (trainer.peak.flops * world.size),
+                "train/elapsed_s": state.elapsed_s,
+                "system/memory_gb": trainer.peak.memory_gb(),
+            }
+            if "train/update_ratio" in figures:
+                row["train/update_ratio"] = figures["train/update_ratio"]
+        best = False
+        if measured and not stopped:
+            row |= trainer.evaluate()
+            loss = row["val/nll"]
+            best = math.isfinite(loss) and (state.best is None or loss < state.best)
+            if best:
+                state.best, state.best_step, state.stale = loss, state.step, 0
+            else:
+                state.stale += 1
+            latest = {k: v for k, v in row.items() if k.startswith("val/")} | {"train/loss": row["train/loss"]}
+            if config.patience is not None and state.stale >= config.patience:
+                stopped = f"no better validation loss in {state.stale} evaluations"
+        if row:
+            metrics.write(state.step, row)
+        if best or stopped or last or state.step % save_every == 0:
+            trainer.save(best, wait=bool(stopped or last))
+            report({"step": state.step, "checkpoint": str(run.checkpoints / f"step_{state.step}")})
+        if measured and config.sample_prompts and config.sample_tokens and world.rank == 0:
+            samples(trainer)
+        if row:
+            window_began, window_steps, window_read = time.perf_counter(), 0, 0.0
+    if world.rank == 0:
+        trainer.checkpoints.wait()
+    return Outcome(state.step, latest | ({"val/best_nll": state.best} if state.best is not None else {}), stopped)
+
+
+def samples(trainer: Trainer) -> None:
+    """Continue the sample prompts (temperature 0.8, top-k 50, fixed seed) and add them to samples.txt."""
+    if trainer.tokenizer is None:
+        return
+    from serving.engine import Engine, SamplingParams
+
+    config = trainer.config
+    params = SamplingParams(max_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
+    trainer.model.eval()
+    try:
+        results = Engine(trainer.model, trainer.tokenizer).generate(list(config.sample_prompts), params)
+    finally:
+        trainer.model.train()
+    for prompt, result in zip(config.sample_prompts, results, strict=True):
+        write_sample(trainer.run.samples, trainer.state.step, prompt, result.text)

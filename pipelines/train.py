@@ -1,0 +1,166 @@
+"""Train a language model on token shards.
+
+reads   data=  folder(s) of token shards from pipelines.tokenize
+writes  out=   a run folder: config.yaml, metrics.jsonl, log.txt, samples.txt, checkpoints/, last, best
+
+An `out=` that exists is resumed when the settings are the same (its length may grow), and refused otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from models.spec import plain
+from pipelines.lib.config import InputError, command
+from pipelines.lib.training import HOW, LENGTHS, Mix, TrainConfig, growth_only
+
+
+def resolve_config(config: TrainConfig) -> TrainConfig:
+    """Paths made absolute, the vocabulary taken from the data, and everything checked that needs no training.
+
+    Raises InputError or ConfigError: a missing folder, ids outside the vocabulary, a batch that does not divide, no
+    validation split, a context longer than the model's.
+    """
+    from pipelines.lib.jobs import storage_path
+    from pipelines.lib.loop import Batches, open_data
+
+    mixes = tuple(dc.replace(mix, path=str(storage_path(mix.path))) for mix in config.mixes)
+    data: str | tuple[Mix, ...] = mixes[0].path if isinstance(config.data, str) else mixes
+    config = dc.replace(config, data=data, out=str(storage_path(config.out)))
+    if config.init_from is not None:
+        config = start_from(config, storage_path(config.init_from))
+    folders = open_data(dc.replace(config, verify="size"))
+    vocab_size = max(folder.vocab_size for folder in folders)
+    if config.model.vocab_size is None:
+        config = dc.replace(config, model=dc.replace(config.model, vocab_size=vocab_size))
+    elif config.model.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {vocab_size} ids of {mixes[0].path}; "
+            f"leave it out, or give {vocab_size} or more"
+        )
+    _ = config.rows, Batches(config, folders), folders[0].split("val")
+    return config
+
+
+def start_from(config: TrainConfig, path: Path) -> TrainConfig:
+    """Take the architecture of the model that a run starts from. Raises InputError if it is none of ours."""
+    from transformers import AutoConfig
+
+    from models.lm import FamilyConfig
+    from pipelines.lib.run import resolve
+
+    folder = resolve(path)
+    found = AutoConfig.from_pretrained(folder)
+    if not isinstance(found, FamilyConfig):
+        raise InputError(
+            f"init_from={folder}: a {found.model_type} model of transformers; convert it first: "
+            f"python -m models.convert {folder} OUT"
+        )
+    return dc.replace(config, init_from=str(folder), model=found.spec)
+
+
+def open_run(config: TrainConfig) -> tuple[Any, bool]:
+    """The run folder of a config, and whether it goes on with an earlier run. Raises InputError with the difference."""
+    from pipelines.lib.run import Run, differences
+
+    run = Run(config.out)
+    if not run.exists():
+        if run.path.is_dir() and any(p for p in run.path.iterdir() if not p.name.startswith(".")):
+            raise InputError(f"out={run.path} holds something that is no run (no config.yaml); choose another folder")
+        return run, False
+    old, new = run.read_config(), plain(config)
+    changed = differences(old, new, HOW | frozenset(LENGTHS)) + growth_only(old, new)
+    if changed:
+        raise InputError(
+            f"out={run.path} is a run with other settings ({'; '.join(changed)}); choose another out=, or the same settings"
+        )
+    return run, True
+
+
+def run(config: TrainConfig) -> int:
+    """Train, watch and track one run. Returns the exit code: 0 done, 130 stopped on request."""
+    from pipelines.lib.launch import in_process, on_ray, stop_on_signal
+    from pipelines.lib.loop import open_data
+    from pipelines.lib.tracking import Tracker
+    from pipelines.lib.watch import Watch
+
+    config = resolve_config(config)
+    the_run, again = open_run(config)
+    with the_run.lock():
+        the_run.write_config(plain(config))
+        folders = open_data(dc.replace(config, verify="size"))
+        datasets = [(Path(m.path).name, f.fingerprint, m.path) for m, f in zip(config.mixes, folders, strict=True)]
+        job = {"config": plain(config), "run": str(the_run.path)}
+        total = config.total_steps(_samples_per_epoch(config, folders))
+        what = f"{config.model.n_parameters():,} parameters, {config.batch_tokens:,} tokens per update"
+        print(f"{'resuming' if again else 'training'} {the_run.path}: {what}, {total or '?'} updates", flush=True)
+        tracker = Tracker.start(
+            the_run.path,
+            "train",
+            plain(config),
+            kind=config.track,
+            name=config.name,
+            experiment=config.experiment,
+            tags={"parameters": config.model.n_parameters(), **config.tags},
+            datasets=datasets,
+        )
+        status = "FAILED"
+        try:
+            tracker.mirror(the_run.metrics)
+            on_checkpoint = lambda step, path: tracker.checkpoint(path, step, {})
+            with Watch(the_run, total, on_checkpoint) as watch, stop_on_signal(the_run, watch.say):
+                outcome = in_process(job, config) if config.num_workers == 0 else on_ray(job, config, watch.say)
+            status = "KILLED" if outcome.stopped == "asked to stop" else "FINISHED"
+        finally:
+            for path in (the_run.samples, the_run.log):
+                if path.is_file():
+                    tracker.artifact(path)
+            tracker.plot("loss", ["train/nll", "val/nll"])
+            tracker.close(status)
+    return summary(the_run, outcome)
+
+
+def _samples_per_epoch(config: TrainConfig, folders: list) -> int:
+    from pipelines.lib.loop import Batches
+
+    return Batches(config, folders).order.samples_per_epoch
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it: relative to where they stand, if it lies below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def summary(the_run: Any, outcome: Any) -> int:
+    """Say what was written and what to do next."""
+    where = shlex.quote(shown(the_run.path))
+    if outcome.stopped == "asked to stop":
+        print(f"stopped and saved at step {outcome.step:,}; resume with: python -m pipelines.train {where}/config.yaml")
+        return 130
+    figures = ", ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in outcome.metrics.items() if k.startswith("val/"))
+    print(f"{where}: {outcome.step:,} updates{f' ({outcome.stopped})' if outcome.stopped else ''}; {figures}")
+    print(f"wrote {where}/checkpoints/{the_run.pointed('last')} (best: {the_run.pointed('best') or 'none'})")
+    print(
+        f"next: python -m pipelines.sample {where} --prompt 'The '\n"
+        f"      python -m pipelines.evaluate {where}\n"
+        f"      serve run serving.app:build run={where}"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(TrainConfig, run, argv)
+
+
+if __name__ == "__main__":
+    from pipelines.train import main  # so that what reaches Ray's workers is pickled by reference
+
+    sys.exit(main())
