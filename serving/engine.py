@@ -30,7 +30,7 @@ from serving.sampling import (
     logprobs_of,
     seed_of_sample,
 )
-from serving.text import Detokenizer, StopStrings, TokenNames
+from serving.text import Detokenizer, StopStrings, TokenBytes, detokenizer
 
 __all__ = [
     "Engine",
@@ -40,8 +40,8 @@ __all__ = [
     "Request",
     "RequestError",
     "SamplingParams",
+    "TokenBytes",
     "TokenLogprob",
-    "TokenNames",
     "seed_of_sample",
 ]
 
@@ -129,7 +129,7 @@ class Engine:
         self.vocab = int(model.get_input_embeddings().weight.shape[0])  # ids that the model can read
         # Rows beyond the tokenizer's last id only pad the embedding: such a token has no text and is never chosen.
         self.choosable = self.vocab if tokenizer is None else min(self.vocab, max(tokenizer.get_vocab().values()) + 1)
-        self.names = TokenNames(tokenizer) if tokenizer is not None else None
+        self.token_bytes = TokenBytes(tokenizer) if tokenizer is not None else None
         self.waiting: deque[Request] = deque()
         self.live: list[Request] = []  # live[i] is in row i
         self.counts = {"prompt_tokens": 0, "generated_tokens": 0, "finished": 0, "steps": 0}
@@ -272,8 +272,8 @@ class Engine:
             self.live.append(request)
             self._backend.begin(request.row)
             request.sampler = Sampler(request.params, request.prompt, self.choosable, self.device)
-            if self.tokenizer is not None:
-                request.detokenizer = Detokenizer(self.tokenizer, request.prompt)
+            if self.token_bytes is not None:
+                request.detokenizer = detokenizer(self.token_bytes, request.prompt)
             request.stops = StopStrings(request.params.stop)
 
     def _read(self, reading: list[Request]) -> None:

@@ -6,6 +6,7 @@ the beginning of a stop string is held back until it is decided.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,28 +15,112 @@ BROKEN = "\ufffd"  # what decoders show for bytes that are no character (yet)
 LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
+class TokenBytes:
+    """What every token stands for, as bytes.
+
+    exact: whether joining these bytes is what the tokenizer's own decoder does (checked on a sample of its tokens);
+    true for byte-level, SentencePiece and character vocabularies.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+        self._added = {i: str(t) for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+        self._letters = _byte_letters() if "ByteLevel" in decoder else None
+        self._spaced = "Metaspace" in decoder or "▁" in decoder
+        self._known: dict[int, bytes] = {}
+        sample = self._sample()
+        # SentencePiece writes a space before the first word and takes it away again when it decodes.
+        leading = next((i for i in sample if self.of(i)[:1] == b" "), None)
+        self.drops_leading_space = leading is not None and self._decode([leading])[:1] != " "
+        text = b"".join(map(self.of, sample)).decode()
+        self.exact = self._decode(sample) == (text[1:] if self.drops_leading_space and text[:1] == " " else text)
+
+    def of(self, token: int) -> bytes:
+        if token not in self._known:
+            self._known[token] = self._bytes(token)
+        return self._known[token]
+
+    def name(self, token: int) -> str:
+        """A token as text, for tables of log-probabilities; `bytes:\\xe2\\x82` (as OpenAI has it) for a part of one."""
+        raw = self.of(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+
+    def _bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return f"<|{token}|>".encode()  # a row that only pads the embedding
+        if self._letters is not None and all(c in self._letters for c in piece):
+            return bytes(self._letters[c] for c in piece)
+        single = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+        if single:
+            return bytes([int(single[1], 16)])
+        return (piece.replace("▁", " ") if self._spaced else piece).encode()
+
+    def _sample(self, size: int = 512) -> list[int]:
+        """Some tokens from all over the vocabulary that are whole text."""
+        ids = [i for i in sorted(set(self.tokenizer.get_vocab().values())) if i not in self.special]
+        spread = [ids[k * len(ids) // size] for k in range(size)] if len(ids) > size else ids
+        return [i for i in spread if _is_text(self.of(i))]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 class Detokenizer:
     """Turns tokens into text as they come; the pieces joined are the text of all tokens.
 
-    Decoding a token alone is wrong for two reasons: a character may span tokens, and some tokenizers (SentencePiece)
-    drop a leading space. So a short window that begins before the new token is decoded, and what is new in it released.
-    A character left incomplete by the end of the generation is dropped.
+    Special tokens have no text.  A character left incomplete by the end of the generation is dropped.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = (), skip_special: bool = True) -> None:
-        """before: the last tokens of the prompt, which decide about a leading space."""
-        self.tokenizer, self.skip_special = tokenizer, skip_special
-        self.window = list(before[-8:])
+    def __init__(self, tokens: TokenBytes, before: Sequence[int] = ()) -> None:
+        """before: the prompt. It decides about a leading space, and may end within a character."""
+        self.tokens = tokens
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in before[-LONGEST_CHARACTER:]:
+            self.utf8.decode(b"" if token in tokens.special else tokens.of(token))
+        self.at_start = all(token in tokens.special for token in before)
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before; often the token's own, sometimes nothing."""
+        if token in self.tokens.special:
+            return ""
+        piece = self.utf8.decode(self.tokens.of(token))
+        if self.at_start and piece:
+            self.at_start = False
+            if self.tokens.drops_leading_space and piece[0] == " ":
+                return piece[1:]
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end and can still be text."""
+        return ""
+
+
+class WindowDetokenizer(Detokenizer):
+    """For tokenizers whose decoder does more than join (WordPiece and others).
+
+    A short window that begins before the new token is decoded, and what is new in it released.
+    """
+
+    def __init__(self, tokens: TokenBytes, before: Sequence[int] = ()) -> None:
+        self.tokens = tokens
+        self.window = [token for token in before if token not in tokens.special][-8:]
         self.last = len(self.window)  # tokens of the window before the newest clean border
         self.done = len(self._decode().rstrip(BROKEN))  # characters of the window's text already released
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(
-            self.window, skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False
-        )
+        return self.tokens._decode(self.window)
 
     def add(self, token: int) -> str:
-        """The text that is certain now and was not before; often the token's own, sometimes nothing."""
+        if token in self.tokens.special:
+            return ""
         self.window.append(token)
         text = self._decode()
         end = len(text.rstrip(BROKEN))
@@ -50,11 +135,14 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is left at the end: held text, without a trailing character that never became whole."""
         text = self._decode()
         left = text[self.done :]
         self.done = len(text)
         return left.rstrip(BROKEN)
+
+
+def detokenizer(tokens: TokenBytes, before: Sequence[int] = ()) -> Detokenizer:
+    return (Detokenizer if tokens.exact else WindowDetokenizer)(tokens, before)
 
 
 class StopStrings:
@@ -86,46 +174,11 @@ def _overlap(text: str, stop: str) -> int:
     return next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:k])), 0)
 
 
-class TokenNames:
-    """Single tokens as bytes and as text, for log-probability tables. Two tokens never share a name.
-
-    A token that is no whole UTF-8 text is named `bytes:\\xe2\\x82`, as OpenAI's completions do.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.special = set(getattr(tokenizer, "all_special_tokens", ()))
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        decoder = repr(getattr(backend, "decoder", None))
-        self.added = {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-        self.letters = _byte_letters() if "ByteLevel" in decoder else None
-        self.spaced = "Metaspace" in decoder or "▁" in decoder
-        self.known: dict[int, bytes] = {}
-
-    def bytes_of(self, token: int) -> bytes:
-        if token not in self.known:
-            self.known[token] = self._bytes_of(token)
-        return self.known[token]
-
-    def _bytes_of(self, token: int) -> bytes:
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
-            return f"<|{token}|>".encode()  # a row of a padded embedding: no such token
-        if piece in self.special or piece in self.added:
-            return piece.encode()
-        if self.letters is not None and all(c in self.letters for c in piece):
-            return bytes(self.letters[c] for c in piece)
-        single = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
-        if single:
-            return bytes([int(single[1], 16)])
-        return (piece.replace("▁", " ") if self.spaced else piece).encode()
-
-    def name(self, token: int) -> str:
-        raw = self.bytes_of(token)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+def _is_text(raw: bytes) -> bool:
+    try:
+        return bool(raw.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _byte_letters() -> dict[str, int]:
