@@ -1,0 +1,23 @@
+"""What converters share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NoReturn
+
+from models.gpt.config import GPT
+from models.parts.block import BlockSpec, Layer
+from models.spec import ConfigError
+
+
+def refuse(layout: str, needed: str) -> NoReturn:
+    """Says what a layout needs. Raises ConfigError."""
+    raise ConfigError(f"the {layout} layout needs {needed}")
+
+
+def one(spec: GPT, layout: str) -> BlockSpec:
+    """The spec that all layers share. Raises ConfigError when layers differ, which public layouts cannot say."""
+    blocks = spec.blocks()
+    if any(dataclasses.replace(b, layer=Layer(0, spec.n_layers)) != blocks[0] for b in blocks):
+        refuse(layout, "the same parts and sizes in every layer")
+    return blocks[0]
