@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from kernels.cross_entropy import linear_cross_entropy
@@ -30,5 +32,5 @@ class Loss(nn.Module):
         b, t = ids.shape
         at = At.full(b, t, ids.device) if pos is None else At(pos=pos, upto=t, doc=doc)
         x = self.model.hidden(ids, at)
-        head = self.model.get_output_embeddings()
+        head = cast(nn.Linear, self.model.get_output_embeddings())
         return linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten(), self.z_loss, head.bias)

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from models.spec import plain
 from pipelines.lib.config import InputError, command
@@ -37,7 +37,7 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
     folders = open_data(dc.replace(config, verify="size"))
     vocab_size = max(folder.vocab_size for folder in folders)
     if config.model.vocab_size is None:
-        config = dc.replace(config, model=dc.replace(config.model, vocab_size=vocab_size))
+        config = dc.replace(config, model=dc.replace(cast(Any, config.model), vocab_size=vocab_size))
     elif config.model.vocab_size < vocab_size:
         raise InputError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {vocab_size} ids of {mixes[0].path}; "
@@ -77,7 +77,8 @@ def open_run(config: TrainConfig) -> tuple[Any, bool]:
     changed = differences(old, new, HOW | frozenset(LENGTHS)) + growth_only(old, new)
     if changed:
         raise InputError(
-            f"out={run.path} is a run with other settings ({'; '.join(changed)}); choose another out=, or the same settings"
+            f"out={run.path} is a run with other settings ({'; '.join(changed)}); "
+            "choose another out=, or the same settings"
         )
     return run, True
 

@@ -1,4 +1,4 @@
-"""Hand the training loop to a launcher: this process, or N workers of Ray Train. The only place that knows Ray Train."""
+"""Hand the training loop to a launcher: this process, or N workers of Ray Train (which only this file knows)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipelines.lib.world import World, choose_device
 
 @contextmanager
 def stop_on_signal(run: Run, say: Callable[[str], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the workers to save at the next step, by a file in the run folder; a third SIGINT ends it."""
+    """SIGINT and SIGTERM ask the workers, by a file in the run folder, to save at the next step; a third ends it."""
     run.stop_request.unlink(missing_ok=True)
     count = 0
 
@@ -106,8 +106,8 @@ def check_resources(config: TrainConfig, per_worker: dict[str, float]) -> None:
             hint = f"num_workers={would}" if would else f"a cluster with {name}s"
             raise InputError(
                 f"num_workers={config.num_workers} need {asked:g} {name}, the cluster has {has:g}; try {hint}, "
-                f"{'cpus' if name == 'CPU' else 'gpus'}_per_worker={has / config.num_workers:g}, or wait_for_nodes=true "
-                f"where it grows on demand"
+                f"{'cpus' if name == 'CPU' else 'gpus'}_per_worker={has / config.num_workers:g}, or "
+                f"wait_for_nodes=true where it grows on demand"
             )
 
 
@@ -148,7 +148,7 @@ def on_ray(job: dict[str, Any], config: TrainConfig, say: Callable[[str], None])
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=per_worker
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # its stub is that of the older API
             name="attempt",
             storage_path=str(attempt),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),

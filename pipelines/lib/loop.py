@@ -1,8 +1,8 @@
 """The training loop: torch only, the same for a notebook, torchrun and Ray Train.   B rows, T tokens of a micro-batch.
 
-The unit of work is the micro-batch: which tokens it holds and which dropout it sees depend on (seed, step, m) alone, and
-rank r of w computes m = r, r+w, ... Losses are sums over the global number of targets. So any number of workers makes
-the same run, nothing of a random generator is ever saved, and a run killed anywhere repeats the uninterrupted one.
+The unit of work is the micro-batch: which tokens it holds and which dropout it sees depend on (seed, step, m) alone,
+and rank r of w computes m = r, r+w, ... Losses are sums over the global number of targets. So any number of workers
+makes the same run, no random generator is ever saved, and a run killed anywhere repeats the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -174,8 +174,9 @@ class Trainer:
         if self.config.init_from is None:
             model = create(self.config.model)
         else:
-            model = load(resolve(self.config.init_from, say=self.log), dtype=torch.float32)
-        return cast(LM, model.to(self.world.device).train())
+            model = cast(LM, load(resolve(self.config.init_from, say=self.log), dtype=torch.float32))
+        model.to(cast(Any, self.world.device))
+        return model.train()
 
     # ---- one update
 
@@ -272,7 +273,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean over all validation windows: nats, perplexity, bits per byte; and statistics of the hidden states."""
-        config, world, rows, T = self.config, self.world, self.config.micro_batch, self.config.context
+        world, rows, T = self.world, self.config.micro_batch, self.config.context
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64)
         blocks = [self.val_starts[i : i + rows] for i in range(0, len(self.val_starts), rows)]
@@ -462,10 +463,6 @@ def samples(trainer: Trainer) -> None:
 
     config = trainer.config
     params = SamplingParams(max_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
-    trainer.model.eval()
-    try:
-        results = Engine(trainer.model, trainer.tokenizer).generate(list(config.sample_prompts), params)
-    finally:
-        trainer.model.train()
-    for prompt, result in zip(config.sample_prompts, results, strict=True):
-        write_sample(trainer.run.samples, trainer.state.step, prompt, result.text)
+    texts = Engine(trainer.model, trainer.tokenizer).generate(list(config.sample_prompts), params)
+    for prompt, text in zip(config.sample_prompts, texts, strict=True):
+        write_sample(trainer.run.samples, trainer.state.step, prompt, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ def peak_flops(device: torch.device, precision: str) -> Peak:
     return Peak(2 * n**3 / best, f"measured, {name}", device)
 
 
-def update_ratio(before: list[Tensor], after: list[Tensor]) -> float:
+def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Median over the matrices of |change| / |weight|; near 1e-3 is the rule of thumb for a healthy learning rate."""
     ratios = [
         ((a.detach() - b).norm() / b.norm().clamp_min(1e-12)).item()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def key(*words: int) -> int:
     """One 63-bit seed from several whole numbers; any change of any word gives another seed."""
-    h = np.uint64(0)
+    h: Any = np.uint64(0)
     with np.errstate(over="ignore"):
         for word in words:
             h = mix(np.asarray(h * _GOLDEN + _U(word & 0xFFFFFFFFFFFFFFFF) + _U(1), _U))[()]
@@ -116,7 +117,12 @@ class Order:
     @property
     def hash(self) -> str:
         """Identifies the plan: the same hash means the same tokens for the same sample number."""
-        plan = {"sources": [asdict(s) for s in self.sources], "seq_len": self.seq_len, "seed": self.seed, "block": BLOCK}
+        plan = {
+            "sources": [asdict(s) for s in self.sources],
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "block": BLOCK,
+        }
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

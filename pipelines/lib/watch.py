@@ -73,7 +73,8 @@ class Watch:
     def _show(self) -> None:
         for line in self.log.read():
             self.say(line)
-        for row, self.offset in rows(self.run.metrics, self.offset):
+        for row, offset in rows(self.run.metrics, self.offset):
+            self.offset = offset
             if row is None:
                 continue
             self.row |= row

@@ -73,10 +73,10 @@ def workers(config: dict, size: int, tmp: Path, faults: dict[int, str] | None = 
     codes = []
     for p in processes:
         try:
-            out, err = p.communicate(timeout=120 if not (faults and p is not processes[next(iter(faults))]) else 15)
+            _, err = p.communicate(timeout=120 if not (faults and p is not processes[next(iter(faults))]) else 15)
         except subprocess.TimeoutExpired:  # waits in a collective for the one that was killed
             p.kill()
-            out, err = p.communicate()
+            _, err = p.communicate()
         codes.append(p.returncode)
         if p.returncode not in (0, -signal.SIGKILL) and not faults:
             raise AssertionError(err[-3000:])
