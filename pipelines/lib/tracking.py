@@ -776,7 +776,7 @@ def sync(folder: Path) -> str:
         raise InputError(f"{folder} holds no tracking.jsonl: no run folder, or a run made with tracking off")
     copy = Copy(folder, tracking_uri())
     try:
-        copy.lock.acquire(timeout=5)
+        copy.lock.acquire(timeout=1)
     except Timeout:
         raise InputError(f"{folder} is being copied by its driver, which is still running; nothing to do") from None
     try:
