@@ -10,6 +10,7 @@ draws come from its own generator, and a row of a batch is computed as it would 
 
 from __future__ import annotations
 
+import bisect
 import logging
 import threading
 from collections import deque
@@ -64,6 +65,7 @@ class Request:
     tokens: generated ids, including one that ended the generation.  offsets: where in the text each token begins.
     logprobs, prompt_logprobs: aligned with tokens and prompt (the first prompt token has None); empty unless asked for.
     finish_reason: None while running; then stop, length, cancelled or error (with `error` in words).
+    cut: a stop string ended the text, so the last tokens may lie behind it.
     listener: called by the engine's thread after each step that changed the request.
     """
 
@@ -78,6 +80,7 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     cancelled: bool = False
+    cut: bool = False
 
     # The engine's own.
     ids: list[int] = field(default_factory=list, repr=False)  # prompt + tokens
@@ -91,6 +94,12 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def shown_tokens(self) -> int:
+        """How many of the tokens begin within the text released so far; at the end all, but for a stop string's."""
+        if self.finished and not self.cut:
+            return len(self.tokens)
+        return bisect.bisect_left(self.offsets, len(self.text))
 
 
 class Engine:
@@ -346,18 +355,19 @@ class Engine:
             released, met = r.stops.add(piece)
             r.text += released
             if met:
-                return self._finish(r, "stop", open_text=False)
+                r.cut = True
+                return self._finish(r, "stop")
         limit = r.params.max_tokens
         if len(r.tokens) == limit or len(r.ids) > self.context:
             return self._finish(r, "length")
         return None
 
-    def _finish(self, r: Request, reason: str, open_text: bool = True) -> None:
-        """Ends a request. open_text: text may be held back still; it is released, unless it completes a stop string."""
-        if open_text and reason in ("stop", "length") and r.detokenizer is not None and r.stops is not None:
-            released, met = r.stops.add(r.detokenizer.flush())
-            r.text += released if met else released + r.stops.flush()
-            reason = "stop" if met else reason
+    def _finish(self, r: Request, reason: str) -> None:
+        """Ends a request. Text that is still held back is released, unless its end completes a stop string."""
+        if reason in ("stop", "length") and not r.cut and r.detokenizer is not None and r.stops is not None:
+            released, r.cut = r.stops.add(r.detokenizer.flush())
+            r.text += released if r.cut else released + r.stops.flush()
+            reason = "stop" if r.cut else reason
         r.finish_reason = reason
         self.counts["finished"] += 1
 

@@ -1,0 +1,112 @@
+"""pipelines.sample as a command: what it prints, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipelines.sample import main
+from tests.serving.tiny import byte_level_tokenizer, gpt
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf")
+    gpt().save_pretrained(path)
+    byte_level_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def sample(capsys, *words):
+    code = main(list(words))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_greedy_text_is_the_same_with_and_without_cache_batched_and_single_and_in_generate(folder, capsys, tmp_path):
+    prompts = ["the cat", "Once upon a time there was", "你好"]
+    every = [w for p in prompts for w in ("--prompt", p)]
+    out = tmp_path / "samples.json"
+    code, text, _ = sample(capsys, folder, *every, "temperature=0", "max_tokens=20", f"output={out}")
+    assert code == 0
+    results = json.loads(out.read_text())["samples"]
+    for options in (("cache=false",), ("batch=1",), ("stream=false", "batch=2")):
+        assert sample(capsys, folder, *every, "temperature=0", "max_tokens=20", *options)[1] == text
+    for result in results:
+        code, alone, _ = sample(capsys, folder, "--prompt", result["prompt"], "temperature=0", "max_tokens=20")
+        assert alone == f"{result['prompt']}{result['text']}\n"
+        assert f"{result['prompt']}{result['text']}\n" in text
+    model, tokenizer = gpt(), byte_level_tokenizer()
+    ids = tokenizer(prompts[1], return_tensors="pt").input_ids
+    theirs = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
+    assert results[1]["tokens"] == theirs[0, ids.shape[1] :].tolist()
+
+
+def test_a_seed_repeats_the_samples_and_is_reported(folder, capsys, tmp_path):
+    out = tmp_path / "a" / "samples.json"
+    words = (folder, "--prompt", "the", "num_samples=3", "max_tokens=12", "top_k=40", "top_p=0.9", "min_p=0.01")
+    code, first, said = sample(capsys, *words, "repetition_penalty=1.1", f"output={out}")
+    seed = json.loads(out.read_text())["settings"]["seed"]
+    assert code == 0 and f"seed {seed}" in said
+    assert sample(capsys, *words, "repetition_penalty=1.1", f"seed={seed}")[1] == first
+    texts = [s["text"] for s in json.loads(out.read_text())["samples"]]
+    assert len(set(texts)) == 3
+    assert sample(capsys, *words, "repetition_penalty=1.1", f"seed={seed + 1}")[1] != first
+
+
+def test_prompts_come_from_a_file_whole_or_by_line(folder, capsys, tmp_path):
+    path, out = tmp_path / "prompts.txt", tmp_path / "samples.json"
+    path.write_bytes("\ufeffthe cat\n\nhello\n".encode())
+    for per, wanted in (("line", ["the cat", "hello"]), ("file", ["the cat\n\nhello\n"])):
+        words = (f"prompt_file={path}", f"prompt_per={per}", "max_tokens=2", f"output={out}")
+        assert sample(capsys, folder, *words)[0] == 0
+        assert [s["prompt"] for s in json.loads(out.read_text())["samples"]] == wanted
+    assert sample(capsys, folder, "max_tokens=3", f"output={out}")[0] == 0  # no prompt: the beginning of a document
+    assert json.loads(out.read_text())["samples"][0]["prompt_tokens"] == 1
+
+
+def test_stop_strings_end_the_text(folder, capsys, tmp_path):
+    words = (folder, "--prompt", "the cat", "temperature=0", "max_tokens=20")
+    text = sample(capsys, *words)[1]
+    stop = text[12:15]
+    assert sample(capsys, *words, "--stop", stop, "--stop", "never")[1] == text[: text.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["temprature=1"], "temperature"),
+        (["temperature=-1"], "temperature=-1"),
+        (["top_p=2"], "top_p"),
+        (["num_samples=0"], "num_samples=0"),
+        (["prompt_file=nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "the cat " * 60], "context is 64"),
+        (["context=65"], "exceeds the model's own 64"),
+        (["device=nonsense"], "device"),
+        (["which=newest", "run=."], "run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, words, says):
+    code, _, said = sample(capsys, folder, *words)
+    lines = said.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+
+
+def test_a_folder_without_a_model_or_with_a_binary_prompt_file_is_named(folder, capsys, tmp_path):
+    assert "config.json" in sample(capsys, str(tmp_path))[2]
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    code, _, said = sample(capsys, folder, f"prompt_file={tmp_path / 'binary'}")
+    assert code == 2 and "not UTF-8" in said
+
+
+def test_help_starts_without_torch_or_ray():
+    code = """import sys; sys.modules.update(torch=None, ray=None, mlflow=None)
+from pipelines.sample import main; raise SystemExit(main(["--help"]))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "repetition_penalty=1.0" in done.stdout, done.stderr
