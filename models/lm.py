@@ -296,6 +296,9 @@ class LM(PreTrainedModel, GenerationMixin):
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         self._set_gradient_checkpointing(True, partial(checkpoint, **options))
 
+    def gradient_checkpointing_disable(self) -> None:
+        self._set_gradient_checkpointing(False)
+
     # ---- roles
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+import torch
+from torch import nn
 
 from models.gpt.config import GPT
 from models.parts.block import BlockSpec, Layer
 from models.spec import ConfigError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def as_dtype(model: M, dtype: torch.dtype) -> M:
+    """The same module with weights in `dtype`. (transformers' own `to` hides its signature from type checkers.)"""
+    return nn.Module.to(model, dtype)
 
 
 def refuse(layout: str, needed: str) -> NoReturn:

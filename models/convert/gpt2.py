@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from models.convert.common import one, refuse
+from models.convert.common import as_dtype, one, refuse
 from models.gpt.config import GPT, GPTConfig
 from models.gpt.model import GPTForCausalLM
 from models.parts.activation import GELU, Activation, GELUTanh, ReLU, SiLU
@@ -119,7 +119,7 @@ def from_layout(model: GPT2LMHeadModel) -> GPTForCausalLM:
             weight = theirs[f"transformer.h.{i}.{name}.weight"]
             state[f"blocks.{i}.{ours}.weight"] = weight.t().contiguous() if transposed else weight
             state[f"blocks.{i}.{ours}.bias"] = theirs[f"transformer.h.{i}.{name}.bias"]
-    out = GPTForCausalLM(GPTConfig.of(spec)).to(dtype=model.dtype)
+    out = as_dtype(GPTForCausalLM(GPTConfig.of(spec)), model.dtype)
     out.load_state_dict(state)
     out.generation_config = model.generation_config
     return out.eval()
@@ -128,7 +128,7 @@ def from_layout(model: GPT2LMHeadModel) -> GPTForCausalLM:
 def to_layout(model: GPTForCausalLM) -> GPT2LMHeadModel:
     """Ours as transformers' GPT-2. Biases that ours does not have become zeros, which leaves the logits as they are."""
     spec: GPT = model.spec  # type: ignore[assignment]
-    out = GPT2LMHeadModel(config_of(spec)).to(dtype=model.dtype)
+    out = as_dtype(GPT2LMHeadModel(config_of(spec)), model.dtype)
     ours = model.state_dict()
 
     def bias(name: str, like: Tensor) -> Tensor:

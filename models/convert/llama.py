@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.convert.common import one, refuse
+from models.convert.common import as_dtype, one, refuse
 from models.gpt.config import GPT, GPTConfig
 from models.gpt.model import GPTForCausalLM
 from models.parts.activation import SiLU
@@ -114,7 +114,7 @@ def from_layout(model: LlamaForCausalLM) -> GPTForCausalLM:
                     [theirs[b + f"mlp.{n}_proj.{kind}"] for n in ("gate", "up")]
                 )
                 state[a + f"mlp.down.{kind}"] = theirs[b + f"mlp.down_proj.{kind}"]
-    out = GPTForCausalLM(GPTConfig.of(spec)).to(dtype=model.dtype)
+    out = as_dtype(GPTForCausalLM(GPTConfig.of(spec)), model.dtype)
     out.load_state_dict(state)
     out.generation_config = model.generation_config
     return out.eval()
@@ -123,7 +123,7 @@ def from_layout(model: LlamaForCausalLM) -> GPTForCausalLM:
 def to_layout(model: GPTForCausalLM) -> LlamaForCausalLM:
     """Ours as transformers' Llama."""
     spec: GPT = model.spec  # type: ignore[assignment]
-    out = LlamaForCausalLM(config_of(spec)).to(dtype=model.dtype)
+    out = as_dtype(LlamaForCausalLM(config_of(spec)), model.dtype)
     ours = model.state_dict()
     qkv, hidden = _sizes(spec)
     state: dict[str, Tensor] = {
