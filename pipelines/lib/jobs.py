@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,35 +62,46 @@ def storage_path(text: str | os.PathLike[str]) -> Path:
     return path if path.is_absolute() else Path(os.path.normpath(storage_root() / path))
 
 
-def head(port: int, dashboard_port: int) -> None:
+def head(port: int, dashboard_port: int, more: Sequence[str] = ()) -> None:
     """Become a Ray head that listens on 127.0.0.1 only, asks for a token and runs jobs; never returns.
 
-    Jobs inherit $NOVELLA_STORAGE, by default the folder in which the head was started.
+    Jobs inherit $NOVELLA_STORAGE, by default the folder in which the head was started.  more: further words for
+    `ray start`.
     """
     for name, value in {**HEAD_ENVIRONMENT, STORAGE: str(Path.cwd())}.items():
         os.environ.setdefault(name, value)
-    ray = str(Path(sys.executable).with_name("ray"))
+    programs = Path(sys.executable).parent  # not resolved: the folder of the virtual environment
+    os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"  # a job's `python` is this one, too
+    ray = str(programs / "ray")
+    make_token(ray)
+    address = f"http://127.0.0.1:{dashboard_port}"
     print(
-        f"A Ray head on 127.0.0.1:{port} (end it with Ctrl-C), dashboard http://127.0.0.1:{dashboard_port}\n"
-        f"Jobs write under {STORAGE}={os.environ[STORAGE]}\n"
-        f"In another terminal:\n"
-        f"    export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:{dashboard_port}\n"
-        f"    ray job submit --working-dir . -- python -m pipelines.train --help",
+        f"A Ray head with its dashboard on {address} (end it with Ctrl-C); jobs write under {os.environ[STORAGE]}\n"
+        "In another terminal:\n"
+        f"    export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS={address}\n"
+        "    ray job submit --working-dir . -- python -m pipelines.train --help",
         flush=True,
     )
     where = ["--node-ip-address=127.0.0.1", f"--port={port}"]
     dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-    os.execv(ray, [ray, "start", "--head", "--block", "--disable-usage-stats", *where, *dashboard])
+    os.execv(ray, [ray, "start", "--head", "--block", "--disable-usage-stats", *where, *dashboard, *more])
+
+
+def make_token(ray: str) -> None:
+    """Make ~/.ray/auth_token if no token is set or there: with RAY_AUTH_MODE=token, `ray start` wants one."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ["RAY_AUTH_MODE"] == "token" and not named and not (Path.home() / ".ray" / "auth_token").is_file():
+        subprocess.run([ray, "get-auth-token", "--generate"], check=True, stdout=subprocess.DEVNULL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.lib.jobs", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pipelines.lib.jobs", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("head", help="a Ray head on 127.0.0.1 that takes jobs, in the foreground")
     start.add_argument("--port", type=int, default=6379)
     start.add_argument("--dashboard-port", type=int, default=8265)
-    config = parser.parse_args(argv)
-    head(config.port, config.dashboard_port)
+    words, more = parser.parse_known_args(argv)
+    head(words.port, words.dashboard_port, more)
     return 0
 
 

@@ -811,6 +811,8 @@ def ui(host: str, port: int) -> None:
     print(f"MLflow on http://{host}:{port} (end it with Ctrl-C), runs in {public(uri)}", flush=True)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+    if database := sqlite_file(uri):  # not the folder where the server happens to start
+        command += ["--artifacts-destination", str(database.parent / "mlartifacts")]
     os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])
 
 
