@@ -48,20 +48,29 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
 
 
 def start_from(config: TrainConfig, path: Path) -> TrainConfig:
-    """Take the architecture of the model that a run starts from. Raises InputError if it is none of ours."""
+    """Take the architecture of the model that a run starts from; dropout stays the run's own.
+
+    Raises InputError for a layout that neither is ours nor is read by models.convert.
+    """
     from transformers import AutoConfig
 
+    from models.convert import LAYOUTS
     from models.lm import FamilyConfig
+    from models.spec import near
     from pipelines.lib.run import resolve
 
     folder = resolve(path)
     found = AutoConfig.from_pretrained(folder)
-    if not isinstance(found, FamilyConfig):
+    if isinstance(found, FamilyConfig):
+        spec = found.spec
+    elif found.model_type in LAYOUTS:
+        spec = LAYOUTS[found.model_type].spec_of(found)
+    else:
         raise InputError(
-            f"init_from={folder}: a {found.model_type} model of transformers; convert it first: "
-            f"python -m models.convert {folder} OUT"
+            f"init_from={folder}: its layout {found.model_type!r} is not read{near('', LAYOUTS)} and our own"
         )
-    return dc.replace(config, init_from=str(folder), model=found.spec)
+    spec = dc.replace(spec, dropout=cast(Any, config.model).dropout)
+    return dc.replace(config, init_from=str(folder), model=spec)
 
 
 def open_run(config: TrainConfig) -> tuple[Any, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -67,14 +68,14 @@ def worker(job: dict[str, Any]) -> None:
         ray.train.report({**metrics, "checkpoint": str(metrics["checkpoint"])})
 
     outcome_file = Path(job["attempt"]) / "outcome.json"
+    if outcome_file.is_file() and "failure" in json.loads(outcome_file.read_text()):
+        return  # restarted after bad input: trying again would meet it again
     try:
         outcome = train(job, World.current(device), report)
         failure = None
     except (InputError, ConfigError) as error:
         failure, outcome = f"{error}", None
     if context.get_world_rank() == 0 or failure is not None:
-        import json
-
         record = {"failure": failure} if outcome is None else {"outcome": vars(outcome)}
         temporary = outcome_file.with_name(f".outcome.{context.get_world_rank()}")
         temporary.write_text(json.dumps(record))
@@ -116,8 +117,6 @@ def on_ray(job: dict[str, Any], config: TrainConfig, say: Callable[[str], None])
 
     Raises InputError for bad input that a worker met, and RuntimeError with the worker's last words for anything else.
     """
-    import json
-
     # Ray Train lets one report through per poll (2 s); this loop reports at checkpoints only.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")

@@ -8,6 +8,7 @@ makes the same run, no random generator is ever saved, and a run killed anywhere
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 import zlib
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import IGNORE
+from models.convert import LAYOUTS, read
 from models.families import create, load
 from models.lm import LM
 from models.loss import Loss
@@ -29,7 +31,7 @@ from pipelines.lib.checkpoint import Checkpoints, State, restore
 from pipelines.lib.config import InputError
 from pipelines.lib.measure import hidden_statistics, peak_flops, update_ratio
 from pipelines.lib.order import Order, Source, key
-from pipelines.lib.run import Run, resolve
+from pipelines.lib.run import Run
 from pipelines.lib.runlog import Log, Metrics, write_sample
 from pipelines.lib.shards import TokenFolder, Tokens
 from pipelines.lib.training import TrainConfig
@@ -37,6 +39,13 @@ from pipelines.lib.world import World
 
 INIT, ORDER, DROPOUT = 0, 1, 2  # streams of the seed
 AHEAD = 4096  # sample numbers whose places are computed at once
+
+
+def source_model(folder: Path) -> LM:
+    """The model to start from: a folder of ours, or one in a public layout that models.convert reads."""
+    if json.loads((folder / "config.json").read_text())["model_type"] in LAYOUTS:
+        return read(folder)
+    return cast(LM, load(folder, dtype=torch.float32))
 
 
 @dataclass
@@ -171,10 +180,9 @@ class Trainer:
 
     def _model(self) -> LM:
         torch.manual_seed(key(self.config.init_stream, INIT))
-        if self.config.init_from is None:
-            model = create(self.config.model)
-        else:
-            model = cast(LM, load(resolve(self.config.init_from, say=self.log), dtype=torch.float32))
+        model = create(self.config.model)
+        if self.config.init_from is not None:
+            model.load_state_dict(source_model(Path(self.config.init_from)).state_dict())
         model.to(cast(Any, self.world.device))
         return model.train()
 
