@@ -46,6 +46,11 @@ class Plain(MLP):
     bias: bool | None = None
     linear: Linear = field(default_factory=Dense)
 
+    @classmethod
+    def small(cls) -> Plain:
+        """Fits the width that the conformance suite uses."""
+        return cls(hidden=24)
+
     def width(self, d: int) -> int:
         return self.hidden if isinstance(self.hidden, int) else 4 * d
 
@@ -75,6 +80,11 @@ class SwiGLU(MLP):
     activation: Activation = field(default_factory=SiLU)
     bias: bool | None = None
     linear: Linear = field(default_factory=Dense)
+
+    @classmethod
+    def small(cls) -> SwiGLU:
+        """Fits the width that the conformance suite uses."""
+        return cls(hidden=24)
 
     def width(self, d: int) -> int:
         return self.hidden if isinstance(self.hidden, int) else -(-(8 * d) // (3 * 64)) * 64
