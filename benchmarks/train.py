@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.families import create
 from models.spec import build
 from pipelines.lib.config import InputError, overlay, recipe
 from pipelines.lib.loop import train
@@ -193,8 +194,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(found: dict[str, list[dict[str, float]]], updates: int, results: Path) -> None:
-    from pipelines.lib.loop import create  # noqa: F401  (registers the families)
-
     peak = peak_flops(torch.device("cpu"), "fp32")
     spec = build(TrainConfig, overlay(recipe(EXACT), {"data": "-", "out": "-", "model": {"vocab_size": 65}})).model
     torch.manual_seed(0)
@@ -205,21 +204,21 @@ def report(found: dict[str, list[dict[str, float]]], updates: int, results: Path
         f"# Training, {TITLE}, characters, {updates} updates of 768 tokens",
         "",
         f"Command: `python -m benchmarks.train seeds={len(next(iter(found.values())))} updates={updates}`. "
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}. "
         f"Data: {TITLE}, sha256 {SHA256[:16]}. nanoGPT publishes 1.88 for this setting (20 random batches).",
-        f"Floor: {flops / 1e6:.2f} MFLOP a token over {peak.flops / 1e9:.0f} GFLOP/s of float32 products measured here = "
-        f"{floor:,.0f} tokens/s.",
+        f"Floor: {flops / 1e6:.2f} MFLOP a token over {peak.flops / 1e9:.0f} GFLOP/s of float32 products measured here "
+        f"= {floor:,.0f} tokens/s.",
         "",
-        "| row | validation, nats per character: mean of seeds (standard error) | tokens/s | of the peer | of the floor |",
+        "| row | validation, nats per character (standard error over seeds) | tokens/s | of the peer | of the floor |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for name, rows in found.items():
         vals = [r["val"] for r in rows]
         error = statistics.stdev(vals) / math.sqrt(len(vals)) if len(vals) > 1 else float("nan")
         rate = statistics.mean(r["tokens_per_s"] for r in rows)
-        lines.append(
-            f"| {name} | {statistics.mean(vals):.4f} ({error:.4f}) | {rate:,.0f} | {rate / base:.2f} | {rate / floor:.3f} |"
-        )
+        shares = f"{rate / base:.2f} | {rate / floor:.3f}"
+        lines.append(f"| {name} | {statistics.mean(vals):.4f} ({error:.4f}) | {rate:,.0f} | {shares} |")
     results.mkdir(parents=True, exist_ok=True)
     (results / "train_shakespeare.md").write_text("\n".join(lines) + "\n")
     (results / "train_shakespeare.json").write_text(json.dumps(found, indent=1) + "\n")
