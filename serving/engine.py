@@ -148,18 +148,22 @@ class Engine:
 
     # ---- requests
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt; an empty one becomes the token that begins a document."""
-        if self.tokenizer is None:
+    def encode(self, text: str, tokenizer: Any = None) -> list[int]:
+        """Token ids of a prompt. tokenizer: a copy of the engine's, for use beside its thread."""
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
             raise RequestError("text prompts need a tokenizer; give token ids", param="prompt")
-        ids = list(self.tokenizer(text).input_ids)
-        if len(ids) > 1 and ids[-1] in self.ends and not text.endswith(self.tokenizer.decode(ids[-1:])):
+        ids = list(tokenizer(text).input_ids)
+        if len(ids) > 1 and ids[-1] in self.ends and not text.endswith(tokenizer.decode(ids[-1:])):
             ids.pop()  # a tokenizer that closes every text with an end token would end the continuation here
         return ids
 
-    def check(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
-        """The prompt's ids. Raises RequestError if this request can never be served here."""
-        ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    def check(self, prompt: str | Sequence[int], params: SamplingParams, tokenizer: Any = None) -> list[int]:
+        """The prompt's ids. Raises RequestError if this request can never be served here.
+
+        An empty prompt becomes the token that begins a document.
+        """
+        ids = self.encode(prompt, tokenizer) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             start = getattr(self.tokenizer, "bos_token_id", None)
             start = start if start is not None else getattr(self.tokenizer, "eos_token_id", None)
@@ -179,6 +183,10 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer", param="stop")
+        unknown = next((i for i in (*params.logit_bias, *params.stop_token_ids) if not 0 <= i < self.vocab), None)
+        if unknown is not None:
+            name = "logit_bias" if unknown in params.logit_bias else "stop_token_ids"
+            raise RequestError(f"{name}: token id {unknown} is not in 0..{self.vocab - 1}", param=name)
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self.vocab:
                 raise RequestError(f"{name}={getattr(params, name)} exceeds the vocabulary's {self.vocab}", param=name)
