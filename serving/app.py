@@ -330,7 +330,7 @@ class Gateway:
                 yield event(tree)
             while (batch := await self._next(batches)) is not None:
                 counts.update({d["index"]: d["tokens"] for d in batch["deltas"]})
-                yield event(answer.part(batch["deltas"]))
+                yield b"".join(event(answer.part([d])) for d in batch["deltas"])  # clients expect one choice a chunk
             for tree in answer.last(header["prompt_tokens"], sum(counts.values())):
                 yield event(tree)
             yield DONE

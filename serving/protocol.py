@@ -94,12 +94,14 @@ Stop = Annotated[
 
 def _prompt(value: Any) -> Any:
     """The four forms of a prompt, with one sentence for everything else (a union of types gives one for each)."""
-    items = value if isinstance(value, list) else [value]
-    kinds = {type(item) for item in items}
-    if isinstance(value, str) or (items and kinds in ({int}, {str})):
+    if isinstance(value, str):
         return value
-    if items and kinds == {list} and all(item and {type(token) for token in item} == {int} for item in items):
-        return value
+    if isinstance(value, list) and value:
+        kinds = {type(item) for item in value}
+        if kinds in ({int}, {str}):
+            return value
+        if kinds == {list} and all({type(token) for token in item} == {int} for item in value):
+            return value
     raise ValueError("must be a text, a list of texts, token ids, or a list of lists of token ids; none of them empty")
 
 

@@ -60,8 +60,8 @@ def gpt(vocab_size: int = 300, seq_len: int = 64, init_std: float = 0.5, **optio
     attention = Causal(n_heads=4, n_kv_heads=2, window=options.pop("window", None))
     spec = GPT(
         vocab_size=vocab_size,
-        d_model=32,
-        n_layers=2,
+        d_model=options.pop("d_model", 32),
+        n_layers=options.pop("n_layers", 2),
         seq_len=seq_len,
         attention=attention,
         init_std=init_std,
