@@ -210,7 +210,10 @@ def _compiled_modules() -> list[str]:
 
 
 def _docstrings(name: str) -> str:
-    """The docstrings of a compiled module, its functions, classes and their methods, in order of name."""
+    """The docstrings of a compiled module, its functions, classes and their methods, in order of name.
+
+    Only what is compiled: a debugger or Ray may have put functions of its own into `sys`.
+    """
     import importlib
     import inspect
 
@@ -220,7 +223,9 @@ def _docstrings(name: str) -> str:
         return ""
     lines = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
     for key, value in sorted(vars(module).items()):
-        if key.startswith("_") or not callable(value):
+        if key.startswith("_") or not (inspect.isbuiltin(value) or inspect.isclass(value)):
+            continue
+        if getattr(value, "__module__", None) not in (name, "builtins", None):
             continue
         lines.append(f"{name}.{key}\n\n{inspect.getdoc(value) or ''}")
         if inspect.isclass(value):

@@ -22,7 +22,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +41,9 @@ from pipelines.lib.shards import (
     write_manifest,
     write_shard,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_EOT = 50256
@@ -356,30 +359,28 @@ def to_nanogpt(folder: TokenFolder, out: Path) -> dict[str, int]:
 
 
 def from_foreign(
-    folder: TokenFolder, out: Path, shard_tokens: int = 1 << 25, tokenizer: Path | None = None
+    folder: TokenFolder, out: Path, shard_tokens: int = 1 << 25, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> dict[str, Any]:
     """Write tokens of another layout as our shards below `out` and return the manifest.
 
     Documents come from the offsets, else from end-of-text tokens, else the split is one document. A shard ends with
     the last document that fits into shard_tokens; a document longer than that is cut and counted once per piece.
-    tokenizer: a Hugging Face folder that made the tokens; without it, one is made from meta.pkl's characters.
+    tokenizer: what made the tokens; without it the one beside them, or one made from meta.pkl's characters.
     """
     from pipelines.lib import vocab
 
-    out.mkdir(parents=True, exist_ok=True)
-    if tokenizer is None:
-        tokenizer = folder.tokenizer_dir
-    if tokenizer is not None:
-        made = vocab.load_tokenizer(tokenizer)
-    else:
+    made = tokenizer
+    if made is None and folder.tokenizer_dir is not None:
+        made = vocab.load_tokenizer(folder.tokenizer_dir)
+    if made is None:
         itos = read_meta(folder.path / "meta.pkl").get("itos") if (folder.path / "meta.pkl").is_file() else None
         if not itos or not all(isinstance(c, str) and len(c) == 1 for c in itos.values()):
             raise InputError(f"{folder.path}: no tokenizer beside the tokens; name one with tokenizer=FOLDER")
         made = vocab.chars_tokenizer([itos[i] for i in sorted(itos)])
-    if len(made) < folder.vocab_size:
-        high = max(_id_range({name: t})[1] for name, t in folder.splits.items())
-        if high >= len(made):
-            raise InputError(f"{tokenizer}: {len(made)} ids, but {folder.path} holds token id {high}")
+    high = _id_range(folder.splits)[1]
+    if high >= len(made):
+        raise InputError(f"the tokenizer has {len(made)} ids, but {folder.path} holds token id {high}")
+    out.mkdir(parents=True, exist_ok=True)
     made.save_pretrained(str(out / "tokenizer"))
     table = vocab.token_bytes(made)
     buffer = io.BytesIO()

@@ -1,0 +1,762 @@
+"""Turn text into token shards, which every training stage reads.
+
+reads   source=     stdlib, a file, folder or pattern, a Hub data set (pipelines.lib.corpus)
+        tokenizer=  bpe (trained here), bytes, chars, or any existing tokenizer (pipelines.lib.vocab)
+writes  out=        manifest.json, tokenizer/, train-*.arrow, val-*.arrow (pipelines.lib.shards)
+
+Killed at any moment, the same command goes on: finished shards are kept and the result is bitwise the same.
+Two more commands:
+
+    python -m pipelines.tokenize compare TEXT TOKENIZER ...         tokens and bits per byte of several tokenizers
+    python -m pipelines.tokenize convert FOLDER out=FOLDER          to and from nanoGPT's train.bin, .npy, .npz
+
+How the work is shared out: the driver lists slices of the corpus and groups them into units; Ray Data carries only
+the numbers of the units. A task reads its unit, encodes it, writes and hashes its own shards, and leaves a small record
+when they are whole. So nothing large passes through Ray, memory does not grow with the corpus, and going on after a
+kill means to leave out the units that have a record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import functools
+import hashlib
+import heapq
+import json
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from models.spec import ConfigError, build, flatten, plain
+from pipelines.lib import corpus, vocab
+from pipelines.lib.cluster import usable_cpus
+from pipelines.lib.config import InputError, command, read_yaml, write_yaml
+from pipelines.lib.corpus import Document, Plan, Slice, Source, Stdlib
+from pipelines.lib.shards import (
+    MANIFEST,
+    TOKEN_BYTES,
+    TokenFolder,
+    check_file,
+    dtype_for,
+    file_sha256,
+    folder_sha256,
+    read_manifest,
+    write_atomically,
+    write_json,
+    write_manifest,
+    write_shard,
+)
+from pipelines.lib.vocab import BPE, Encoder, Vocabulary
+
+FORMAT_VERSION = 1
+SETTINGS = "config.yaml"
+RECORDS = "records"
+UNIT_BYTES = 16 * 2**20  # of text: about a second of work, 4 M tokens, a shard of 8 MB
+SMALL_UNIT_BYTES = 2**20
+UNITS = 64  # a small corpus is cut into about so many units, so that many workers have something to do
+SHARD_TOKENS = 1 << 24  # a unit that turns out larger (a packed file, a stream) fills several shards
+HASHES = 1 << 64
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """What to tokenize, how, and where to.
+
+    source: where text comes from: a kind, or a file, folder or pattern
+    tokenizer: how text becomes ids: a kind, or a tokenizer's file, folder or Hub name
+    out: folder for the shards
+    split: documents draws whole documents for validation; tail takes the last val_fraction of the characters
+    val_fraction: share of the documents (or characters) for validation; 0 for no validation split
+    val_documents: number of documents for validation, instead of val_fraction
+    seed: which documents are drawn for validation
+    end_of_text: end each document with the tokenizer's end-of-text token; by default if it has one
+    shard_mb: text per shard in megabytes (2^20 bytes); by default 16, less for a corpus below 1 GB
+    workers: processes; by default one per CPU, 0 works in this process without Ray
+    track: where the run is logged
+    """
+
+    source: Source | str = field(default_factory=Stdlib)
+    tokenizer: Vocabulary | str = field(default_factory=BPE)
+    out: str = "data/stdlib"
+    split: Literal["documents", "tail"] = "documents"
+    val_fraction: float = 0.05
+    val_documents: int | None = None
+    seed: int = 0
+    end_of_text: bool | None = None
+    shard_mb: float | None = None
+    workers: int | None = None
+    track: Literal["mlflow", "none"] = "mlflow"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", corpus.source(self.source))
+        object.__setattr__(self, "tokenizer", vocab.vocabulary(self.tokenizer))
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+        if self.val_documents is not None and self.val_documents < 0:
+            raise ConfigError(f"val_documents={self.val_documents} must not be negative")
+        if self.val_documents is not None and self.split == "tail":
+            raise ConfigError("val_documents has no effect with split=tail; give val_fraction")
+        if self.shard_mb is not None and self.shard_mb <= 0:
+            raise ConfigError(f"shard_mb={self.shard_mb} must be above 0")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"workers={self.workers} must not be negative; 0 works in this process")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is written."""
+        tree = plain(self)
+        return {k: v for k, v in tree.items() if k not in ("out", "workers", "track")}
+
+
+# ---- one unit of work, in any process --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a unit must know; plain data, so that it reaches a worker as JSON.
+
+    threshold: a document whose hash is below it is for validation.  tail_at: the number of the first character for
+    validation, instead.  first_characters: characters before each unit, for tail_at.
+    """
+
+    source: Source
+    out: str
+    units: list[list[Slice]]
+    backend: str
+    dtype: str
+    eot_id: int | None
+    seed: int
+    threshold: int = 0
+    tail_at: int | None = None
+    first_characters: tuple[int, ...] = ()
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: str, backend: str) -> Encoder:
+    return Encoder(folder, backend)
+
+
+class Shards:
+    """The shards of one split that one unit writes: NAME-UNIT.arrow, and NAME-UNIT.PART.arrow for what is too much."""
+
+    def __init__(self, job: Job, split: str, unit: int) -> None:
+        self.job, self.split, self.unit = job, split, unit
+        self.entries: list[dict[str, Any]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self.pieces: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self.n_tokens = self.n_bytes = 0
+
+    def add(self, ids: np.ndarray, n_bytes: int) -> None:
+        self.pieces.append(ids.astype(self.job.dtype, copy=False))
+        self.lengths.append(len(ids))
+        self.n_tokens += len(ids)
+        self.n_bytes += n_bytes
+        if self.n_tokens >= SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.n_tokens:
+            return
+        part = f".{len(self.entries):03d}" if self.entries else ""
+        path = Path(self.job.out) / f"{self.split}-{self.unit:05d}{part}.arrow"
+        offsets = np.cumsum([0, *self.lengths])
+        self.entries.append(write_shard(path, np.concatenate(self.pieces), offsets, self.n_bytes))
+        self._clear()
+
+
+def tokenize_unit(job: Job, unit: int) -> dict[str, Any]:
+    """Read, encode and write one unit; returns its record, which is also left in out/records when all is on disk."""
+    started = time.perf_counter()
+    encoder = _encoder(str(Path(job.out) / "tokenizer"), job.backend)
+    encoder.cuts = 0
+    counts: Counter[str] = Counter()
+    shards = {name: Shards(job, name, unit) for name in ("train", "val")}
+    eot = [job.eot_id] if job.eot_id is not None else []
+    audited = False
+    for document, split in _documents(job, unit, counts):
+        if not audited:
+            audited = True
+            if not encoder.audit(document.text):
+                raise InputError(
+                    f"{document.id}: {encoder.backend} and tokenizers encode it differently; please report it"
+                )
+        ids = encoder(document.text)
+        if document.ends:
+            counts[f"{split}_documents"] += 1
+            counts["documents_with_end_of_text_letters"] += vocab.END_OF_TEXT in document.text
+            if eot:
+                ids = np.append(ids.astype(job.dtype, copy=False), np.array(eot, job.dtype))
+        shards[split].add(ids, document.n_bytes)
+    for shard in shards.values():
+        shard.flush()
+    counts["cut_runs"] += encoder.cuts
+    record = {
+        "unit": unit,
+        "shards": {name: shard.entries for name, shard in shards.items()},
+        "counts": {name: n for name, n in sorted(counts.items()) if n},
+    }
+    write_json(_record_path(job, unit), record)
+    return {**record, "seconds": time.perf_counter() - started}
+
+
+def _record_path(job: Job, unit: int) -> Path:
+    return Path(job.out) / RECORDS / f"{unit:05d}.json"
+
+
+def _documents(job: Job, unit: int, counts: Counter[str]) -> Iterator[tuple[Document, str]]:
+    """The documents of a unit and the split of each; at the tail's begin a document is parted in two."""
+    at = job.first_characters[unit] if job.tail_at is not None else 0
+    for piece in job.units[unit]:
+        for document in job.source.read(piece, counts):
+            if job.tail_at is None:
+                yield document, "val" if document_hash(job.seed, document.id) < job.threshold else "train"
+                continue
+            end = at + len(document.text)
+            if at < job.tail_at < end:
+                cut = job.tail_at - at
+                first, rest = document.text[:cut], document.text[cut:]
+                yield document._replace(text=first, n_bytes=len(first.encode()), ends=False), "train"
+                yield document._replace(text=rest, n_bytes=len(rest.encode()), begins=False), "val"
+            else:
+                yield document, "train" if end <= job.tail_at else "val"
+            at = end
+
+
+def document_hash(seed: int, name: str) -> int:
+    """A number below 2^64 that depends on the seed and the document's name alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "big")
+
+
+# ---- the units, by Ray Data or here ----------------------------------------------------------------------------------
+
+
+def in_process(job: Job, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
+    for unit in pending:
+        yield tokenize_unit(job, unit)
+
+
+def on_ray(job: Job, pending: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
+    """The units as a Ray Data job: a dataset of unit numbers, mapped by tasks that write their shards themselves."""
+    import logging
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its bars are off
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    shared = ray.put(json.dumps(plain(dc.replace(job, units=[]))))
+    rows = [{"unit": unit, "slices": json.dumps([list(dc.astuple(s)) for s in job.units[unit]])} for unit in pending]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    work = functools.partial(_tokenize_row, job=shared)
+    done = data.map(work, compute=ray.data.TaskPoolStrategy(size=workers), num_cpus=1)
+    for row in done.iter_rows():
+        result = json.loads(row["result"])
+        if "error" in result:
+            raise InputError(result["error"])
+        yield result
+
+
+def _tokenize_row(row: dict[str, Any], job: Any) -> dict[str, Any]:
+    """A row {unit, slices} -> {result: the unit's record as JSON}. Bad input comes back as a word, not as a trace."""
+    tree, unit = _job_tree(job), int(row["unit"])
+    slices = [Slice(*values) for values in json.loads(row["slices"])]
+    this = dc.replace(tree, units=cast(Any, {unit: slices}))
+    try:
+        result = tokenize_unit(this, unit)
+    except InputError as error:
+        result = {"error": str(error)}
+    result["peak_mb"] = peak_memory_mb()
+    return {"result": json.dumps(result)}
+
+
+def _job_tree(reference: Any) -> Job:
+    import ray
+
+    return build(Job, json.loads(ray.get(reference)))
+
+
+def peak_memory_mb() -> float:
+    """The largest resident size that this process has had, in megabytes (2^20 bytes)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def run(config: TokenizeConfig) -> Path:
+    """Tokenize a corpus; returns the folder of shards. Raises InputError, ConfigError."""
+    config = resolve(config)
+    origin = cast(Source, config.source)
+    out = Path(config.out)
+    units, plan = plan_units(origin, config)
+    state = {"format_version": FORMAT_VERSION, **config.identity(), "corpus": _digest(plan.identity)}
+    if not _is_new(out, state, config):
+        _print_summary(out, config, plan, None)
+        return out
+    with _lock(out), _terminable():
+        write_atomically(out / SETTINGS, write_yaml({**state, "out": str(out)}).encode())
+        for leftover in [*out.glob(".*.tmp"), *(out / RECORDS).glob(".*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        (out / RECORDS).mkdir(exist_ok=True)
+        encoder, eot_id = _prepare_tokenizer(config, origin, plan)
+        job = Job(origin, str(out), units, encoder.backend, dtype_for(encoder.vocab_size).name, eot_id, config.seed)
+        job = _with_split(job, config, plan)
+        records = _finished(job)
+        pending = [unit for unit in range(len(units)) if unit not in records]
+        if records:
+            print(f"{out}: going on, {len(records)} of {len(units)} units are done", flush=True)
+        figures = _work(job, config, plan, pending, records)
+        manifest = _merge(job, config, plan, [records[unit] for unit in range(len(units))], encoder)
+    _print_summary(out, config, plan, figures)
+    _track(config, manifest, figures)
+    return out
+
+
+def resolve(config: TokenizeConfig) -> TokenizeConfig:
+    """Paths made absolute, so that every worker means the same files."""
+    from pipelines.lib.jobs import storage_path
+
+    origin, tokenizer = config.source, config.tokenizer
+    if isinstance(origin, corpus.Files):
+        origin = dc.replace(origin, path=str(storage_path(origin.path)))
+    elif isinstance(origin, corpus.Hub) and Path(origin.name).expanduser().exists():
+        origin = dc.replace(origin, name=str(storage_path(origin.name)))
+    path = getattr(tokenizer, "path", None)
+    if path is not None and (not isinstance(tokenizer, vocab.HuggingFace) or storage_path(path).exists()):
+        tokenizer = dc.replace(cast(Any, tokenizer), path=str(storage_path(path)))
+    return dc.replace(config, source=origin, tokenizer=tokenizer, out=str(storage_path(config.out)))
+
+
+def plan_units(origin: Source, config: TokenizeConfig) -> tuple[list[list[Slice]], Plan]:
+    """The units of a corpus; a small corpus gets smaller units. Nothing here depends on the number of workers."""
+    size = int((config.shard_mb or 0) * 2**20) or UNIT_BYTES
+    plan = origin.plan(size)
+    if config.shard_mb is None and plan.size < UNIT_BYTES * UNITS:
+        size = max(SMALL_UNIT_BYTES, plan.size // UNITS)
+        plan = origin.plan(size)
+    wants_val = config.split == "documents" and (config.val_fraction > 0 or (config.val_documents or 0) > 0)
+    if wants_val and config.val_documents != 0 and _is_one_document(origin, plan):
+        raise InputError(
+            f"{plan.slices[0].path} is one document, so no document can be set apart for validation; "
+            "give split=tail for the end of it, source.separator to part it, or val_fraction=0"
+        )
+    return plan.units(size), plan
+
+
+def _is_one_document(origin: Source, plan: Plan) -> bool:
+    is_text = isinstance(origin, corpus.Files) and origin.separator is None
+    return is_text and len({s.path for s in plan.slices}) == 1 and plan.slices[0].form == "text"
+
+
+def _digest(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
+
+
+def _is_new(out: Path, state: dict[str, Any], config: TokenizeConfig) -> bool:
+    """Whether there is work to do in `out`. Raises InputError if it holds something else, or other settings' work."""
+    if out.is_file():
+        raise InputError(f"out={out} is a file; a folder is needed")
+    if not out.is_dir() or not any(out.iterdir()):
+        return True
+    if not (out / SETTINGS).is_file():
+        raise InputError(f"out={out} exists and holds other files; choose another out=, or empty it")
+    old = read_yaml((out / SETTINGS).read_text(encoding="utf-8"), str(out / SETTINGS))
+    before, now = flatten({k: v for k, v in old.items() if k != "out"}), flatten(json.loads(json.dumps(state)))
+    differing = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if differing == ["corpus"]:
+        raise InputError(
+            f"out={out} was made when the source had other files or sizes; choose another out=, or delete it"
+        )
+    if differing:
+        pairs = ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in differing if k != "corpus")
+        raise InputError(f"out={out} was made with {pairs}; choose another out=, or delete it")
+    if not (out / MANIFEST).is_file():
+        return True
+    TokenFolder.open(out, verify="size")  # what is reused must be whole
+    return False
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One driver at a time in a folder; a dead driver's lock is no lock."""
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise InputError(
+            f"out={out}: another process is tokenizing into it; wait for it, or choose another out="
+        ) from None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the stage in order: what is finished is kept, and the line that goes on is printed."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        before = None
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; finished shards are kept, and the same command goes on", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _prepare_tokenizer(config: TokenizeConfig, origin: Source, plan: Plan) -> tuple[Encoder, int | None]:
+    """The tokenizer in out/tokenizer: made (trained, converted, copied) once, and then the one that is used."""
+    out, kind = Path(config.out), cast(Vocabulary, config.tokenizer)
+    folder = out / "tokenizer"
+    if not folder.is_dir():
+        started = time.perf_counter()
+
+        def texts() -> Iterator[str]:
+            n_bytes = getattr(kind, "sample_mb", 0) * 2**20 if kind.reads_corpus == "sample" else float("inf")
+            threshold = int(config.val_fraction * HASHES) if config.split == "documents" else 0
+            for document in corpus.sample(origin, plan, n_bytes):
+                if kind.reads_corpus == "everything" or document_hash(config.seed, document.id) >= threshold:
+                    yield document.text  # validation documents do not train a tokenizer
+
+        made = kind.make(texts)
+        if len(made) == 0:
+            raise InputError("the corpus is empty: no text to make a tokenizer from")
+        table = vocab.save_tokenizer(made, folder)
+        write_atomically(out / TOKEN_BYTES, vocab.array_bytes(table))
+        asked = getattr(kind, "vocab_size", len(made))
+        note = f" (asked for {asked}: the sample has no more pairs to merge)" if len(made) < asked else ""
+        print(f"tokenizer: {len(made)} ids{note}, {time.perf_counter() - started:.1f} s", flush=True)
+    elif not (out / TOKEN_BYTES).is_file():
+        write_atomically(out / TOKEN_BYTES, vocab.array_bytes(vocab.token_bytes(vocab.load_tokenizer(folder))))
+    counts: Counter[str] = Counter()
+    first = next((d.text for s in plan.slices[:8] for d in origin.read(s, counts)), "")
+    encoder = Encoder(folder, sample=[first[: vocab.CHUNK]])
+    eot_id = vocab.end_of_text_id(vocab.load_tokenizer(folder))
+    if config.end_of_text and eot_id is None:
+        raise InputError(
+            f"end_of_text=true, but the tokenizer {vocab_name(kind)} has no end-of-text token; leave it out"
+            + (" or give tokenizer={kind: chars, end_of_text: true}" if isinstance(kind, vocab.Chars) else "")
+        )
+    return encoder, None if config.end_of_text is False else eot_id
+
+
+def vocab_name(kind: Vocabulary) -> str:
+    tree = plain(kind)
+    return f"{tree['kind']} {tree.get('path', '')}".strip()
+
+
+def _with_split(job: Job, config: TokenizeConfig, plan: Plan) -> Job:
+    """The job with its rule for validation; a number of documents, or a tail, needs one reading of the corpus first."""
+    if config.split == "tail":
+        if config.val_fraction == 0:
+            return job
+        counts: Counter[str] = Counter()
+        lengths = [sum(len(d.text) for s in unit for d in job.source.read(s, counts)) for unit in job.units]
+        first = np.cumsum([0, *lengths])
+        return dc.replace(
+            job, tail_at=int(int(first[-1]) * (1 - config.val_fraction)), first_characters=tuple(map(int, first[:-1]))
+        )
+    if config.val_documents is None:
+        return dc.replace(job, threshold=int(config.val_fraction * HASHES))
+    if config.val_documents == 0:
+        return job
+    counts = Counter()
+    every = (
+        document_hash(job.seed, d.id) for unit in job.units for s in unit for d in job.source.read(s, counts) if d.ends
+    )
+    smallest = heapq.nsmallest(config.val_documents + 1, every)
+    if len(smallest) <= config.val_documents:
+        raise InputError(
+            f"val_documents={config.val_documents} leaves nothing to train on: there are {len(smallest)} documents"
+        )
+    return dc.replace(job, threshold=smallest[-1])
+
+
+def _finished(job: Job) -> dict[int, dict[str, Any]]:
+    """{unit: record} of the units whose shards are on disk, whole by their sha256; others are done again."""
+    records = {}
+    for path in sorted((Path(job.out) / RECORDS).glob("*.json")):
+        with contextlib.suppress(ValueError, KeyError, InputError):
+            record = json.loads(path.read_bytes())
+            for entry in [e for entries in record["shards"].values() for e in entries]:
+                check_file(Path(job.out), entry, "sha256")
+            records[int(record["unit"])] = record
+    return records
+
+
+def _work(
+    job: Job, config: TokenizeConfig, plan: Plan, pending: Sequence[int], records: dict[int, dict[str, Any]]
+) -> dict[str, float]:
+    """Do the pending units, adding to `records`; returns the figures of this run."""
+    from pipelines.lib.cluster import ensure_ray
+    from pipelines.lib.progress import Progress
+
+    workers = min(usable_cpus() if config.workers is None else config.workers, max(len(pending), 1))
+    if workers and pending:
+        ensure_ray(num_cpus=max(2, workers))
+    sizes = [sum(s.size for s in unit) for unit in job.units]
+    started = time.perf_counter()
+    tokens = documents = text = done = 0
+    peak = 0.0
+    results = on_ray(job, pending, workers) if workers and pending else in_process(job, pending)
+    with Progress(sum(sizes[u] for u in pending) >> 20, "MB", "tokenize") as progress:
+        for record in results:
+            records[record["unit"]] = record
+            entries = [e for shards in record["shards"].values() for e in shards]
+            tokens += sum(e["tokens"] for e in entries)
+            text += sum(e["bytes"] for e in entries)
+            documents += sum(n for name, n in record["counts"].items() if name in ("train_documents", "val_documents"))
+            peak = max(peak, record.pop("peak_mb", 0.0))
+            done += sizes[record["unit"]]
+            rate = tokens / (time.perf_counter() - started)
+            progress.update(done >> 20, **{"tokens/s": f"{rate:,.0f}"})
+    seconds = time.perf_counter() - started
+    return {
+        "tokens": tokens,
+        "documents": documents,
+        "bytes": text,
+        "seconds": seconds,
+        "tokens_per_s": tokens / max(seconds, 1e-9),
+        "documents_per_s": documents / max(seconds, 1e-9),
+        "workers": workers,
+        "worker_peak_mb": peak,
+        "driver_peak_mb": peak_memory_mb(),
+    }
+
+
+def _merge(
+    job: Job, config: TokenizeConfig, plan: Plan, records: Iterable[dict[str, Any]], encoder: Encoder
+) -> dict[str, Any]:
+    """The manifest from the records, in the order of the units. Raises InputError if a split asked for is empty."""
+    out = Path(job.out)
+    splits: dict[str, dict[str, Any]] = {"train": {"shards": []}, "val": {"shards": []}}
+    counts = Counter(plan.counts)
+    for record in records:
+        for name, entries in record["shards"].items():
+            splits[name]["shards"] += entries
+        counts.update(record["counts"])
+    n = {name: sum(e["tokens"] for e in split["shards"]) for name, split in splits.items()}
+    documents = counts.pop("train_documents", 0) + counts.pop("val_documents", 0)
+    wants_val = config.val_documents != 0 and (config.val_fraction > 0 or config.val_documents is not None)
+    if not n["train"] or (wants_val and not n["val"]):
+        shutil.rmtree(out)  # nothing here can be used, and the settings must change
+        if not sum(n.values()):
+            said = ", ".join(f"{k} {name.replace('_', ' ')}" for name, k in counts.items())
+            raise InputError(
+                f"the corpus is empty: no document of {_source_name(config)} holds text ({said or 'no text'})"
+            )
+        what = "validation" if n["train"] else "training"
+        raise InputError(
+            f"no {what} documents: all {documents} of {_source_name(config)} fell to the other split with "
+            f"val_fraction={config.val_fraction}, seed={config.seed}; give val_documents=1 or more, or split=tail"
+        )
+    if not wants_val:
+        del splits["val"]
+    manifest = write_manifest(
+        out,
+        {
+            "dtype": job.dtype,
+            "eot_id": job.eot_id,
+            "tokenizer": {
+                "folder": "tokenizer",
+                "sha256": folder_sha256(out / "tokenizer"),
+                "vocab_size": encoder.vocab_size,
+                "kind": plain(config.tokenizer)["kind"],
+                "backend": encoder.backend,
+            },
+            "token_bytes": {
+                "file": TOKEN_BYTES,
+                "size": (out / TOKEN_BYTES).stat().st_size,
+                "sha256": file_sha256(out / TOKEN_BYTES),
+            },
+            "source": {**plain(config.source), "identity": _digest(plan.identity)},
+            "documents": documents,
+            "counts": {name: k for name, k in sorted(counts.items()) if k},
+            "left_out": plan.left_out[:20],
+            "splits": splits,
+        },
+    )
+    shutil.rmtree(out / RECORDS)
+    return manifest
+
+
+def _source_name(config: TokenizeConfig) -> str:
+    tree = plain(config.source)
+    return str(tree.get("path") or tree.get("name") or tree["kind"])
+
+
+def _print_summary(out: Path, config: TokenizeConfig, plan: Plan, figures: dict[str, float] | None) -> None:
+    manifest = read_manifest(out)
+    print(f"{out}: tokens of {_source_name(config)}" + ("" if figures else ", made before and reused"))
+    for name, split in manifest["splits"].items():
+        ratio = split["bytes"] / max(split["tokens"], 1)
+        print(
+            f"  {name:6} {split['tokens']:>13,} tokens {len(split['shards']):>5} shards {split['bytes']:>14,} bytes of "
+            f"text   {ratio:.2f} bytes/token"
+        )
+    tokenizer = manifest["tokenizer"]
+    print(f"  {manifest['documents']:,} documents; {tokenizer['kind']} tokenizer with {tokenizer['vocab_size']:,} ids")
+    for name, n in manifest["counts"].items():
+        print(
+            f"  {n:,} {name.replace('_', ' ')}" + (f": {', '.join(plan.left_out[:3])}" if name == "other_files" else "")
+        )
+    if figures and figures["tokens"]:
+        print(
+            f"  {figures['seconds']:.1f} s with {figures['workers'] or 'no'} workers by {tokenizer['backend']}: "
+            f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['documents_per_s']:,.0f} documents/s, "
+            f"{figures['bytes'] / max(figures['seconds'], 1e-9) / 1e6:.1f} MB/s"
+        )
+    shown = _shown(out)
+    print(f"next: python -m pipelines.train data={shown} out=runs/{out.name}", flush=True)
+
+
+def _shown(path: Path) -> str:
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    return shlex.quote(str(path))
+
+
+def _track(config: TokenizeConfig, manifest: dict[str, Any], figures: dict[str, float]) -> None:
+    """One MLflow run for the stage: its settings, its figures, and the data set that it made."""
+    if config.track == "none":
+        return
+    from pipelines.lib.tracking import Tracker
+
+    out = Path(config.out)
+    made = [(out.name, manifest["fingerprint"], str(out), "made")]
+    with Tracker.start(out, "tokenize", plain(config), kind=config.track, datasets=made, system_s=0) as tracker:
+        totals = {f"{name}/tokens": float(split["tokens"]) for name, split in manifest["splits"].items()}
+        tracker.metrics({**{f"tokenize/{name}": float(x) for name, x in figures.items()}, **totals})
+        tracker.artifact(out / MANIFEST)
+
+
+# ---- compare, convert ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Tokenizers on one text: tokens per byte, unigram bits per byte, speed.
+
+    text: a file of text (or any source)
+    tokenizers: kinds, files, folders or names; bpe and chars are made from this very text
+    max_mb: read no more than so many megabytes of it
+    """
+
+    text: Source | str
+    tokenizers: tuple[Vocabulary | str, ...] = ("bytes", "chars", "bpe")
+    max_mb: float = 8
+
+
+def compare(config: CompareConfig) -> list[dict[str, Any]]:
+    """Print a table, best first; returns its rows."""
+    import tempfile
+
+    origin = corpus.source(config.text)
+    plan = origin.plan(UNIT_BYTES)
+    text = "".join(d.text for d in corpus.sample(origin, plan, config.max_mb * 2**20))
+    if not text:
+        raise InputError(f"{config.text}: no text to compare on")
+    rows = []
+    for setting in config.tokenizers:
+        kind = vocab.vocabulary(setting)
+        with tempfile.TemporaryDirectory() as folder:
+            made = kind.make(lambda: [text])
+            made.save_pretrained(folder)
+            encoder = Encoder(folder, sample=[text[: vocab.CHUNK]])
+            row = vocab.compare_on(text, encoder, lambda ids, t=made: t.decode(ids, skip_special_tokens=False))  # type: ignore[misc]
+        rows.append({"tokenizer": vocab_name(kind), **row})
+    rows.sort(key=lambda row: row["unigram_bits_per_byte"])
+    print(
+        f"{len(text.encode()):,} bytes of text. unigram bits/byte: entropy of this text's own token frequencies, no model."
+    )
+    print(
+        f"{'tokenizer':32} {'ids':>8} {'used':>7} {'tokens':>11} {'tokens/byte':>11} {'bytes/token':>11} "
+        f"{'unigram bits/byte':>17} {'text back':>9} {'M tokens/s':>10} backend"
+    )
+    for row in rows:
+        print(
+            f"{row['tokenizer'][-32:]:32} {row['vocab_size']:>8,} {row['ids_used']:>7,} {row['tokens']:>11,} "
+            f"{row['tokens_per_byte']:>11.4f} {row['bytes_per_token']:>11.3f} {row['unigram_bits_per_byte']:>17.4f} "
+            f"{'yes' if row['round_trip'] else 'no':>9} {row['tokens_per_s'] / 1e6:>10.2f} {row['backend']}"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Token shards to nanoGPT's layout, or tokens of another layout to shards.
+
+    source: shards, a folder of train.bin / val.bin / meta.pkl, or .npy / .npz token files
+    out: new folder
+    tokenizer: the tokenizer that made foreign tokens, where none lies beside them
+    """
+
+    source: str
+    out: str
+    tokenizer: str | None = None
+
+
+def convert(config: ConvertConfig) -> Path:
+    """Our shards become train.bin, val.bin and meta.pkl; anything else becomes shards."""
+    from pipelines.lib import nanogpt
+    from pipelines.lib.jobs import storage_path
+
+    source, out = storage_path(config.source), storage_path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out} exists; give a new folder")
+    folder = TokenFolder.open(source, verify="sha256")
+    if (source / MANIFEST).is_file():
+        if config.tokenizer is not None:
+            raise InputError("tokenizer has no effect on shards, which bring their own; leave it out")
+        counts = nanogpt.to_nanogpt(folder, out)
+    else:
+        tokenizer = None if config.tokenizer is None else vocab.vocabulary(config.tokenizer).make(lambda: [])
+        manifest = nanogpt.from_foreign(folder, out, tokenizer=tokenizer)
+        counts = {name: split["tokens"] for name, split in manifest["splits"].items()}
+    print(f"{out}: " + ", ".join(f"{name} {n:,} tokens" for name, n in counts.items()))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["convert"]:
+        return command(ConvertConfig, convert, words[1:], positional="source")
+    if words[:1] == ["compare"]:
+        bare = [w for w in words[1:] if not w.startswith("-") and ("=" not in w or w.startswith("{"))]
+        rest = [w for w in words[1:] if w not in bare]
+        listed = ", ".join(w if w.startswith("{") else json.dumps(w) for w in bare[1:])
+        given = [f"text={w}" for w in bare[:1]] + ([f"tokenizers=[{listed}]"] if listed else [])
+        return command(CompareConfig, compare, [*given, *rest])
+    return command(TokenizeConfig, run, words)
+
+
+if __name__ == "__main__":
+    from pipelines.tokenize import main  # so that what workers unpickle has an importable name
+
+    raise SystemExit(main())
