@@ -24,6 +24,7 @@ HEAD_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # whoever may submit a job may run any command as this user
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux: 127.0.0.1 instead of the LAN address
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # `ray job stop` lets a training save; Ray's own 3 s are short
 }
 
 

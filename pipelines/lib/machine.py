@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import os
 import platform
 import shutil
@@ -57,8 +58,8 @@ def tags() -> dict[str, str]:
             found[f"version.{package}"] = version(package)
     with contextlib.suppress(Exception):  # a container's user may have no name
         found["user"] = getpass.getuser()
-    if job := os.environ.get("RAY_JOB_SUBMISSION_ID"):
-        found["ray_job"] = job
+    with contextlib.suppress(KeyError, ValueError):  # what `ray job submit` tells the process that it starts
+        found["ray_job"] = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
     return found
 
 
