@@ -474,14 +474,15 @@ class LanguageModel:
         wanted, most = params.max_tokens, self.settings["max_tokens"]
         if wanted is not None and wanted > most:
             raise ApiError(400, f"max_tokens={wanted} exceeds this server's limit of {most}", "max_tokens", "too_large")
+        what, param = ("prompt", "prompt") if job["messages"] is None else ("conversation", "messages")
         for ids in prompts:
             room = self.engine.room(len(ids))
             if wanted is not None and wanted > room:
                 raise ApiError(
                     400,
-                    f"the prompt has {len(ids)} tokens and max_tokens is {wanted}, but this model's context is "
-                    f"{self.engine.context}; ask for at most {room} tokens or shorten the prompt",
-                    "prompt" if job["messages"] is None else "messages",
+                    f"the {what} has {len(ids)} tokens and max_tokens is {wanted}, but this model's context is "
+                    f"{self.engine.context}; ask for at most {room} tokens or shorten the {what}",
+                    param,
                     "context_length_exceeded",
                 )
         return prompts
