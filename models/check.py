@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from models.families import create, load
+from models.family import Family
 from models.gpt.config import GPT
 from models.gpt.presets import PRESETS
-from models.lm import LM, Family
+from models.lm import LM
 from models.memory import At
 from models.parts.activation import Activation
 from models.parts.attention import Attention, Causal

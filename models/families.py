@@ -1,27 +1,41 @@
-"""All model families: the registry, and how a model is made or opened."""
+"""All model families: the registry, and how a model is made or opened.
+
+Importing this file loads configs only; the models themselves (5 s of transformers) come with the first create or load.
+"""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from models.family import Family, FamilyConfig
 from models.gpt.config import GPT, GPTConfig
-from models.gpt.model import GPTForCausalLM
 from models.gpt.presets import PRESETS
-from models.lm import LM, Family, FamilyConfig
 from models.spec import ConfigError, near
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from models.lm import LM
 
 Family.kinds = {"gpt": GPT}
 
-MODELS: dict[type[Family], tuple[type[FamilyConfig], type[LM]]] = {
-    GPT: (GPTConfig, GPTForCausalLM)
-}  # family -> its config and model
 
-for _config, _model in MODELS.values():
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+@functools.cache
+def classes() -> dict[type[Family], tuple[type[FamilyConfig], type[LM]]]:
+    """family -> its config and model class. Registers them with AutoConfig and AutoModelForCausalLM."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from models.gpt.model import GPTForCausalLM
+
+    table: dict[type[Family], tuple[type[FamilyConfig], type[LM]]] = {GPT: (GPTConfig, GPTForCausalLM)}
+    for config_class, model_class in table.values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return table
 
 
 def preset(name: str) -> Family:
@@ -37,7 +51,7 @@ def create(spec: Family) -> LM:
     Raises ConfigError when vocab_size is not known yet.
     """
     assert spec.vocab  # raises for None
-    config_class, model_class = MODELS[type(spec)]
+    config_class, model_class = classes()[type(spec)]
     return model_class(config_class.of(spec))
 
 
@@ -46,8 +60,11 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
     dtype: None: as saved.  No code from the folder is run. Raises FileNotFoundError for what is no such folder.
     """
+    from transformers import AutoModelForCausalLM
+
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no config.json; a Hugging Face model folder is needed")
+    classes()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
     return model.eval()

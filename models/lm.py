@@ -7,94 +7,20 @@ B batch, T time, D model width, V vocabulary, R memory rows. A family gives `app
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from models.family import Family, FamilyConfig
 from models.memory import At, Mem, Slots
-from models.parts.block import Block, BlockSpec
+from models.parts.block import Block
 from models.roles import decay_names, initialise, mark
-from models.spec import ConfigError, Part, build, fields, near, plain
-
-FORMAT_VERSION = 1  # of config.json; raised when a field changes its meaning, with a migration in FamilyConfig
-
-
-class Family(Part):
-    """A family's spec: a frozen dataclass of plain numbers and parts. All of them have the fields named here."""
-
-    kinds: ClassVar[dict[str, type]]
-    vocab_size: int | None
-    d_model: int
-    seq_len: int
-    dropout: float
-    tie_embeddings: bool
-    init_std: float
-
-    def blocks(self) -> tuple[BlockSpec, ...]:
-        """One spec per layer, per-layer lists resolved."""
-        raise NotImplementedError
-
-    def n_parameters(self) -> int:
-        """Trainable parameters, by formula; a tied head counts once. Needs vocab_size."""
-        raise NotImplementedError
-
-    @property
-    def vocab(self) -> int:
-        """vocab_size, which must be known by now. Raises ConfigError."""
-        if self.vocab_size is None:
-            raise ConfigError("vocab_size is not known yet; it comes with the tokenizer, or set model.vocab_size")
-        return self.vocab_size
-
-
-class FamilyConfig(PreTrainedConfig):
-    """A PreTrainedConfig around a Family: its JSON holds the declared fields, `spec` is the dataclass.
-
-    Takes the family's fields as keywords, as plain data or as built parts.  Raises ConfigError for what does not fit.
-    """
-
-    family: ClassVar[type]
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layers",
-        "max_position_embeddings": "seq_len",
-        "tie_word_embeddings": "tie_embeddings",
-    }
-    format_version: int = FORMAT_VERSION
-
-    # transformers makes a dataclass of every subclass and passes what it does not know to __post_init__.
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.format_version > FORMAT_VERSION:
-            raise ConfigError(
-                f"config.json has format_version={self.format_version}, this version reads up to {FORMAT_VERSION}; "
-                "update novella"
-            )
-        names = fields(self.family)
-        for alias, name in self.attribute_map.items():
-            if alias in kwargs:
-                kwargs[name] = kwargs.pop(alias)
-        declared = {name: kwargs.pop(name) for name in names if name in kwargs}
-        for key in kwargs:
-            if "did you mean" in near(key, names) and not hasattr(PreTrainedConfig, key):
-                raise ConfigError(f"{self.family.__name__} has no field {key!r}{near(key, names)}")
-        spec = build(self.family, {name: plain(value) for name, value in declared.items()})
-        for name in names:
-            setattr(self, name, plain(getattr(spec, name)))
-        super().__post_init__(**kwargs)
-
-    @property
-    def spec(self) -> Any:
-        """The family's frozen dataclass, from the present attributes (vocab_size follows resize_token_embeddings)."""
-        return build(self.family, {name: getattr(self, name) for name in fields(self.family)})
-
-    @classmethod
-    def of(cls, spec: Any, **kwargs: Any) -> Any:
-        """The config around a spec."""
-        return cls(**{name: plain(getattr(spec, name)) for name in fields(cls.family)}, **kwargs)
 
 
 class LM(PreTrainedModel, GenerationMixin):
@@ -291,6 +217,16 @@ class LM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes its own memory
 
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Assisted generation wants the memory beforehand; everything else gets it from the first forward."""
+        cast(Any, super())._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, *args, **kwargs
+        )
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.memory(1)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """Recompute each block's activations in the backward pass: memory of one block instead of all."""
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
@@ -303,6 +239,9 @@ class LM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """transformers calls it for every module, after building and after loading. The table is models/roles.py."""
+        if not hasattr(module, "roles") and all(own is not module for own in self.modules()):
+            # Made by resize_token_embeddings, which initialises it before it is put in place.
+            mark(module, weight="embedding" if isinstance(module, nn.Embedding) else "head")
         initialise(module, self.spec.init_std, self.residual_branches())
 
     def decay_parameters(self) -> set[str]:

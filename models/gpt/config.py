@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from models.lm import Family, FamilyConfig
+from models.family import Family, FamilyConfig
 from models.parts.attention import Attention, Causal
 from models.parts.block import BlockSpec, Layer, at_layer
 from models.parts.mlp import MLP, Plain

@@ -109,7 +109,8 @@ class DividesByZero(GPTForCausalLM):
 
 class BreaksTheGraph(GPTForCausalLM):
     def stack(self, x, at, mem=None, trace=None):
-        return super().stack(x, at, mem, trace) * max(1.0, -x.sum().item() / 1e9)
+        y = super().stack(x, at, mem, trace)
+        return y + 1.0 if x.sum() > 1e9 else y
 
 
 class ForgetsBeams(GPTForCausalLM):
