@@ -24,23 +24,20 @@ import math
 import platform
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
-from models.spec import ConfigError, near, plain
+from models.spec import ConfigError, plain
+from pipelines.lib.checking import CheckConfig, run_check
 from pipelines.lib.config import InputError, command
 from pipelines.lib.corpus import Source
-
-if TYPE_CHECKING:
-    from pipelines.lib.shards import TokenFolder, Tokens
+from pipelines.lib.texts import Text, open_data, open_text, open_tokenizer
 
 FORMAT_VERSION = 1
-BASELINE_BYTES = 16 << 20  # of a text, that gzip and xz are measured on; xz takes about 10 s for them
 LOGITS_PER_BATCH = {"cpu": 1 << 25, "other": 1 << 29}  # elements of [batch, context, vocabulary]
 TOKENS_PER_BATCH = {"cpu": 1 << 12, "other": 1 << 16}
 LONGEST_CONTEXT = 2048  # of a model that states none
@@ -140,21 +137,18 @@ class Subject:
 def open_subject(config: EvaluateConfig) -> Subject:
     """Find the model that `run` means. Raises InputError for what is none, or has no weights."""
     from pipelines.lib.jobs import storage_path
+    from pipelines.lib.model_folder import weight_hashes
     from pipelines.lib.run import Run, resolve
-    from pipelines.lib.shards import file_sha256
 
     path = storage_path(config.run)
     folder = resolve(path, config.which, say=lambda message: print(message, file=sys.stderr))
     owner = folder.parent.parent if folder.parent.name == "checkpoints" else None
     number = folder.name.removeprefix("step_")
-    files = [p for pattern in ("*.safetensors", "pytorch_model*.bin") for p in sorted(folder.glob(pattern))]
-    if not files:
-        raise InputError(f"{folder}: no weights here (model.safetensors or pytorch_model.bin)")
     return Subject(
         folder,
         owner if owner is not None and Run(owner).exists() else None,
         int(number) if number.isdigit() else 0,
-        {p.name: file_sha256(p) for p in files},
+        weight_hashes(folder),
     )
 
 
@@ -162,29 +156,20 @@ def open_model(subject: Subject, config: EvaluateConfig) -> Any:
     """The model in evaluation mode on its device. Raises InputError for damaged files, ConfigError for the device."""
     import torch
 
-    from models.families import load
+    from pipelines.lib.model_folder import open_folder
     from pipelines.lib.world import choose_device
 
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    try:
-        model = load(subject.folder, None if config.dtype == "auto" else getattr(torch, config.dtype))
-    except Exception as error:  # transformers, safetensors, json and torch each have their own
-        raise InputError(f"{subject.folder}: not a model that can be opened ({said(error)})") from error
-    return cast(Any, model).to(device).eval()
-
-
-def said(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    return open_folder(subject.folder, config.dtype).to(device)
 
 
 def context_of(model: Any, config: EvaluateConfig) -> int:
-    """Tokens a window reads: `context`, else the model's own. Raises ConfigError if it is longer than the model's."""
-    own = None
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        own = own or getattr(model.config.get_text_config(decoder=True), name, None)
+    """Tokens the model sees at most: `context`, else its own. Raises ConfigError if that is longer than its own."""
+    from pipelines.lib.model_folder import context_length
+
+    own = context_length(model)
     if config.context is not None and own is not None and config.context > own:
         raise ConfigError(f"context={config.context} is longer than the {own} tokens the model was made for")
     return config.context or own or LONGEST_CONTEXT
@@ -204,212 +189,6 @@ def batch_of(model: Any, context: int, config: EvaluateConfig) -> int:
     kind = "cpu" if model.device.type == "cpu" else "other"
     vocab = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else 1 << 15
     return max(1, min(LOGITS_PER_BATCH[kind] // (context * vocab), TOKENS_PER_BATCH[kind] // context, 256))
-
-
-class Stream:
-    """A split of a token folder as one sequence."""
-
-    def __init__(self, tokens: Tokens):
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return self.tokens.n_tokens
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return self.tokens.window(part.start, part.stop - part.start)
-
-
-@dataclass
-class Text:
-    """A text as tokens, ready to be scored.
-
-    name: in tables and metrics.  sequences: each begins with a token that is not scored.  table: bytes behind each
-    id, [V] (zeros: not known).  n_bytes: of the text that is scored.  head: the text itself, as much of it as the
-    baselines take; head_ids: its tokens; ids_bytes: the bytes behind those.  fingerprint: sha256.  notes: how it was
-    made into tokens.
-    """
-
-    name: str
-    sequences: Sequence[Any]
-    table: np.ndarray
-    n_bytes: int | None
-    head: bytes
-    head_ids: np.ndarray | None
-    fingerprint: str
-    notes: dict[str, Any]
-    stream: Tokens | None = None
-
-    @property
-    def n_targets(self) -> int:
-        return sum(max(0, len(s) - 1) for s in self.sequences)
-
-    def documents(self, window: Any) -> np.ndarray | int:
-        """Which document each target of a window belongs to."""
-        if self.stream is None:
-            return window.sequence
-        return self.stream.documents(window.first + 1, window.end - window.first)[0]
-
-
-def read_documents(source: Source, text_mb: float | None) -> Iterator[tuple[bool, str]]:
-    """(whether a document begins here, text): the pieces of a source's documents."""
-    counts: Counter[str] = Counter()
-    size = 0
-    plan = source.plan(1 << 62)
-    for piece in plan.slices:
-        for document in source.read(piece, counts):
-            yield document.begins, document.text
-            size += document.n_bytes
-            if text_mb is not None and size >= text_mb * 2**20:
-                return
-    changed = {k: n for k, n in (plan.counts + counts).items() if n}
-    if changed:
-        words = [f"{n:,} {what.replace('_', ' ')}" for what, n in changed.items()]
-        print(f"text: {', '.join(words)}", flush=True)
-
-
-def open_tokenizer(folder: Path) -> Any:
-    from pipelines.lib.vocab import load_tokenizer
-
-    try:
-        return load_tokenizer(folder)
-    except InputError as error:
-        raise InputError(f"{folder}: text and tasks need the model's tokenizer ({error})") from None
-
-
-def encoder_of(tokenizer: Any, folder: Path) -> Any:
-    """The fast encoder of pipelines.lib.vocab for a loaded tokenizer: special tokens in a text are letters to it."""
-    import tempfile
-
-    from pipelines.lib.vocab import Encoder
-
-    if (folder / "tokenizer.json").is_file():
-        return Encoder(folder)
-    with tempfile.TemporaryDirectory() as made:
-        tokenizer.backend_tokenizer.save(f"{made}/tokenizer.json")
-        return Encoder(made)
-
-
-def open_text(setting: str | Source, config: EvaluateConfig, subject: Subject) -> Text:
-    """A text source as tokens of the model's tokenizer. Raises InputError if it is empty or has nothing to score."""
-    from pipelines.lib.corpus import source
-    from pipelines.lib.vocab import token_bytes
-
-    tokenizer = open_tokenizer(subject.folder)
-    encode, table = encoder_of(tokenizer, subject.folder), token_bytes(tokenizer).astype(np.int64)
-    prefix = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
-    pieces: list[list[np.ndarray]] = []
-    total, digest, head, head_ids = 0, hashlib.sha256(), bytearray(), []
-    for begins, text in read_documents(source(setting), config.text_mb):
-        ids, data = encode(text).astype(np.uint32), text.encode()
-        if begins or not pieces:
-            pieces.append([] if prefix is None else [np.array([prefix], np.uint32)])
-            digest.update(b"\0")
-        pieces[-1].append(ids)
-        digest.update(data)
-        total += len(data)
-        if len(head) < BASELINE_BYTES:
-            head += data
-            head_ids.append(ids)
-    shown = setting if isinstance(setting, str) else json.dumps(plain(setting))
-    if not total:
-        raise InputError(f"text={shown}: no text in it")
-    sequences = [np.concatenate(p) for p in pieces]
-    n_tokens = sum(len(s) for s in sequences) - (len(sequences) if prefix is not None else 0)
-    if not sum(len(s) - 1 for s in sequences):
-        raise InputError(
-            f"text={shown}: {n_tokens} token(s) in {len(sequences)} document(s); at least 2 are needed, for the "
-            "tokenizer has no beginning- or end-of-text token to predict the first one from"
-        )
-    if tokenizer.backend_tokenizer.get_vocab_size() and int(max(s.max() for s in sequences)) >= len(table):
-        raise InputError(f"text={shown}: the tokenizer gives ids outside its own vocabulary of {len(table)}")
-    in_tokens = int(sum(table[p].sum() for s in pieces for p in (s if prefix is None else s[1:])))
-    first = 0 if prefix is not None else int(sum(table[s[0]] for s in sequences))
-    if abs(in_tokens - total) > 0.005 * total + len(sequences):
-        print(
-            f"warning: the tokens of this text stand for {in_tokens:,} bytes of its {total:,}: the tokenizer rewrites "
-            "text or has no tokens for some of it, so its bits per byte flatter the model"
-        )
-    notes = {
-        "source": plain(setting),
-        "documents": len(sequences),
-        "tokens_in_all": n_tokens,
-        "bytes_in_all": total,
-        "bytes_in_tokens": in_tokens,
-        "begins_with": None if prefix is None else tokenizer.convert_ids_to_tokens(prefix),
-        "ends_of_documents": "not scored",
-        "tokenizer_backend": encode.backend,
-    }
-    ids = np.concatenate(head_ids)
-    digest.update(b"" if prefix is None else str(prefix).encode())
-    name = Path(setting).stem if isinstance(setting, str) else str(getattr(setting, "name", type(setting).__name__))
-    return Text(
-        name.replace("/", "_").lower() or "text",
-        sequences,
-        table,
-        total - first,
-        bytes(head),
-        ids,
-        digest.hexdigest(),
-        notes,
-    )
-
-
-def open_data(path: str, config: EvaluateConfig, subject: Subject) -> Text:
-    """A split of a token folder, as training sees it. Raises InputError; also if its tokenizer is not the model's."""
-    from pipelines.lib.jobs import storage_path
-    from pipelines.lib.shards import TokenFolder, file_sha256
-
-    folder = TokenFolder.open(storage_path(path))
-    tokens = folder.split(config.split)
-    if tokens.n_tokens < 2:
-        raise InputError(f"{folder.path}: split {config.split!r} has {tokens.n_tokens} token; at least 2 are needed")
-    theirs = folder.tokenizer_dir / "tokenizer.json" if folder.tokenizer_dir else None
-    ours = subject.folder / "tokenizer.json"
-    if theirs and theirs.is_file() and ours.is_file() and file_sha256(theirs) != file_sha256(ours):
-        raise InputError(
-            f"{folder.path} was made with another tokenizer than the model's ({theirs} and {ours} differ); "
-            "give the text itself: text=..."
-        )
-    known = folder.token_bytes()
-    table = np.zeros(folder.vocab_size, np.int64) if known is None else np.asarray(known, np.int64)
-    n_bytes = None
-    if known is not None:
-        n_bytes = sum(int(table[w].sum()) for w in _blocks(tokens)) - int(table[tokens.window(0, 1)[0]])
-    notes = {
-        "source": str(folder.path),
-        "split": config.split,
-        "documents": tokens.n_documents,
-        "tokens_in_all": tokens.n_tokens,
-        "begins_with": None,
-        "ends_of_documents": "scored, as in training",
-    }
-    head, head_ids = _decoded(folder, tokens)
-    return Text(
-        config.split, [Stream(tokens)], table, n_bytes, head, head_ids, folder.fingerprint, notes, stream=tokens
-    )
-
-
-def _blocks(tokens: Tokens, size: int = 1 << 20) -> Iterator[np.ndarray]:
-    for start in range(0, tokens.n_tokens, size):
-        yield tokens.window(start, min(size, tokens.n_tokens - start))
-
-
-def _decoded(folder: TokenFolder, tokens: Tokens) -> tuple[bytes, np.ndarray | None]:
-    """The text of a split and its tokens, without ends of documents, as much of it as the baselines take."""
-    known = folder.token_bytes()
-    if folder.tokenizer_dir is None or known is None:
-        return b"", None
-    from pipelines.lib.vocab import load_tokenizer
-
-    tokenizer = load_tokenizer(folder.tokenizer_dir)
-    text, ids = bytearray(), []
-    for block in _blocks(tokens, 1 << 16):
-        kept = block[np.asarray(known)[block] > 0].astype(np.uint32)
-        text += str(tokenizer.decode(kept.tolist(), clean_up_tokenization_spaces=False)).encode()
-        ids.append(kept)
-        if len(text) >= BASELINE_BYTES:
-            break
-    return bytes(text), np.concatenate(ids)
 
 
 def trained_on(subject: Subject) -> str:
@@ -444,7 +223,7 @@ def measure_text(model: Any, text: Text, config: EvaluateConfig) -> dict[str, An
                 at = window.first + 1 + int(np.argmin(np.isfinite(nll)))
                 raise InputError(f"the model gives no finite likelihood to token {at} of {text.name}; has it diverged?")
             tally.add(text.documents(window), nll, text.table[targets])
-    figures = tally.figures(text.n_bytes) | text.notes
+    figures = tally.figures(text.n_bytes) | text.notes | {"fingerprint": text.fingerprint}
     figures |= {"context": context, "stride": stride, "seconds": round(time.perf_counter() - began, 2)}
     if config.baselines and text.head:
         known = None if text.head_ids is None else int(text.table[text.head_ids].sum())
@@ -453,12 +232,14 @@ def measure_text(model: Any, text: Text, config: EvaluateConfig) -> dict[str, An
     return figures
 
 
-def measure_tasks(model: Any, config: EvaluateConfig, subject: Subject, found: Any, out: Path) -> dict[str, Any]:
-    """lm-eval's tasks on the model; their figures by task."""
+def measure_tasks(
+    model: Any, config: EvaluateConfig, subject: Subject, found: Any, out: Path
+) -> tuple[dict[str, Any], int]:
+    """lm-eval's tasks on the model: (figures by task, prompts that lost their beginning)."""
     from pipelines.lib.harness import run_tasks
 
     context = context_of(model, config)
-    tables, samples = run_tasks(
+    tables, samples, cut = run_tasks(
         model,
         open_tokenizer(subject.folder),
         found,
@@ -475,7 +256,7 @@ def measure_tasks(model: Any, config: EvaluateConfig, subject: Subject, found: A
             for task, rows in samples.items():
                 for row in rows:
                     file.write(json.dumps({"task": task, **row}, ensure_ascii=False, default=str) + "\n")
-    return tables
+    return tables, cut
 
 
 def run(config: EvaluateConfig) -> int:
@@ -488,9 +269,11 @@ def run(config: EvaluateConfig) -> int:
         raise InputError("tasks= names none")
     texts: list[Text] = []
     if config.text is not None:
-        texts.append(open_text(config.text, config, subject))
+        texts.append(open_text(config.text, subject.folder, config.text_mb))
     if config.data is not None or (config.text is None and not words):
-        texts.append(open_data(config.data or trained_on(subject), config, subject))
+        texts.append(open_data(storage_path(config.data or trained_on(subject)), config.split, subject.folder))
+        if len({text.name for text in texts}) < len(texts):
+            texts[0].name += "_text"
     found = None
     if words:
         from pipelines.lib.harness import find_tasks
@@ -531,7 +314,7 @@ def measure(config: EvaluateConfig, subject: Subject, texts: list[Text], found: 
     model = open_model(subject, config)
     try:
         measured = {text.name: measure_text(model, text, config) for text in texts}
-        tasks = measure_tasks(model, config, subject, found, out) if found else {}
+        tasks, cut = measure_tasks(model, config, subject, found, out) if found else ({}, 0)
     except torch.OutOfMemoryError:
         rows = batch_of(model, context_of(model, config), config)
         raise InputError(
@@ -554,6 +337,7 @@ def measure(config: EvaluateConfig, subject: Subject, texts: list[Text], found: 
         },
         "text": measured,
         "tasks": tasks,
+        "cut_prompts": cut,
         "config": plain(config),
         "device": f"{model.device} {device}".strip(),
         "versions": versions(bool(tasks)),
@@ -656,8 +440,7 @@ def track(config: EvaluateConfig, subject: Subject, results: dict[str, Any], out
             for path in files:
                 tracker.artifact(path, f"evaluation/{out.name}")
         return
-    sets = [(name, table.get("source"), results["fingerprint"]) for name, table in results["text"].items()]
-    datasets = [(name, fingerprint, str(path), "evaluation") for name, path, fingerprint in sets]
+    datasets = [(name, t["fingerprint"], str(t["source"]), "evaluation") for name, t in results["text"].items()]
     tags = {"model": str(subject.folder), "weights": next(iter(subject.weights.values()))}
     name = f"{subject.name} {out.name}"
     with Tracker.start(out, "evaluate", plain(config), name=name, tags=tags, datasets=datasets, system_s=0) as tracker:
@@ -670,6 +453,8 @@ def show(results: dict[str, Any]) -> None:
     """The figures as tables on stdout."""
     from rich import box
     from rich.table import Table
+
+    from pipelines.lib.terminal import print_table, with_error
 
     model = results["model"]
     title = f"{model['run'] or model['folder']}{' step ' + str(model['step']) if model['run'] else ''}"
@@ -691,7 +476,7 @@ def show(results: dict[str, Any]) -> None:
                 lines.append(
                     f"training validates with windows side by side; stride={row['context']} repeats its figure"
                 )
-        emit(table)
+        print_table(table)
     if results["tasks"]:
         table = Table(title=None if results["text"] else title, box=box.SIMPLE, title_justify="left")
         for column in ("task", "metric", "value", "documents", "examples"):
@@ -705,148 +490,13 @@ def show(results: dict[str, Any]) -> None:
                 shots = str(row["num_fewshot"]) if first and row["num_fewshot"] is not None else ""
                 value = with_error(entry["value"], entry["stderr"])
                 table.add_row(task if first else "", metric, value, count, shots)
-        emit(table)
-    print("\n".join(lines), flush=True)
-
-
-def emit(table: Any) -> None:
-    from rich.console import Console
-
-    # A log has no width of its own; 80 columns would break the table.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-
-
-def with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "not known"
-    if error is None or not math.isfinite(error):
-        return f"{value:.4f}"
-    digits = max(2, min(6, 2 - math.floor(math.log10(error)))) if error > 0 else 4
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-# ---- the conformance suite as a command ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CheckConfig:
-    """Run the conformance suite: everything that every model family promises, in float64.
-
-    model: a family (all its presets and parts, small), a preset, a recipe, a run, or a Hugging Face folder of ours
-    which: the checkpoint of a run: best, last or step_N
-    only: checks whose name contains this
-    backend: of torch.compile; inductor runs the real compiler (slow)
-    full: presets and recipes at their real size instead of a small one
-    """
-
-    model: str
-    which: str = "best"
-    only: str | None = None
-    backend: Literal["eager", "aot_eager", "inductor"] = "eager"
-    full: bool = False
-
-
-def subjects(config: CheckConfig) -> dict[str, Any]:
-    """{name: function that makes the model} of what `model` names. Raises InputError or ConfigError."""
-    import torch
-
-    from models.check import shrunk, variants
-    from models.families import Family, create, load
-    from models.gpt.presets import PRESETS
-    from models.lm import LM
-    from models.spec import build
-    from pipelines.lib.config import RECIPES, recipe
-    from pipelines.lib.jobs import storage_path
-    from pipelines.lib.run import resolve
-
-    def maker(spec: Any) -> Any:
-        def make() -> LM:
-            torch.manual_seed(0)
-            return create(spec)
-
-        return make
-
-    name = config.model
-    if name in Family.kinds:
-        specs = {k: s for k, s in variants().items() if isinstance(s, Family.kinds[name])}
-        return {k: maker(s) for k, s in specs.items()}
-    if name in PRESETS:
-        return {name: maker(PRESETS[name]() if config.full else shrunk(PRESETS[name]()))}
-    path = storage_path(name)
-    if path.is_dir():
-        folder = resolve(path, config.which)
-        model = open_loaded(folder, load)
-        if not isinstance(model, LM):
-            raise InputError(f"{folder}: a {type(model).__name__} of transformers; the suite is for our own families")
-        return {str(name): lambda: open_loaded(folder, load)}
-    recipes = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-    if not path.is_file() and name not in recipes:
-        known = [*Family.kinds, *PRESETS, *recipes]
-        raise InputError(f"check {name}: no family, preset, recipe or folder of this name{near(name, known)}")
-    tree = recipe(path if path.is_file() else name).get("model")
-    if tree is None:
-        raise InputError(f"check {name}: this recipe has no `model`; recipes of pipelines.train have one")
-    spec = build(Family, tree, "model")
-    if spec.vocab_size is None:
-        import dataclasses
-
-        spec = dataclasses.replace(spec, vocab_size=64)
-    return {name: maker(spec if config.full else small(spec, shrunk))}
-
-
-def small(spec: Any, shrunk: Any) -> Any:
-    """A spec at test size; as it is, where its layers differ and so cannot be made smaller together."""
-    try:
-        return shrunk(spec)
-    except AssertionError:
-        return spec
-
-
-def open_loaded(folder: Path, load: Any) -> Any:
-    try:
-        return load(folder)
-    except Exception as error:
-        raise InputError(f"{folder}: not a model that can be opened ({said(error)})") from error
-
-
-def run_check(config: CheckConfig) -> int:
-    """Every check on every subject, as a table. Returns 1 if a promise does not hold, else 0."""
-    from rich import box
-    from rich.table import Table
-
-    from models.check import CHECKS, conformance
-    from pipelines.lib.progress import Progress
-
-    chosen = [name for name in CHECKS if config.only is None or config.only in name]
-    if not chosen:
-        raise InputError(f"only={config.only}: no such check{near(config.only, CHECKS)}")
-    makers = subjects(config)
-    began = time.perf_counter()
-    outcomes: dict[str, list[Any]] = {}
-    with Progress(len(makers) * len(chosen), "checks", f"check {config.model}") as progress:
-        done = 0
-        for name, make in makers.items():
-            outcomes[name] = []
-            for check in chosen:
-                outcomes[name] += [r for r in conformance(make, config.backend, check) if r.name == check]
-                done += 1
-                progress.update(done, on=name)
-    table = Table(box=box.SIMPLE)
-    for column in ("model", "check", "", "figures"):
-        table.add_column(column, overflow="fold")
-    several = len(outcomes) > 1
-    for name, results in outcomes.items():
-        failed = [r for r in results if not r.ok]
-        if several:
-            table.add_row(name, f"{len(results) - len(failed)} of {len(results)} hold", "FAIL" if failed else "ok", "")
-        for i, r in enumerate(failed if several else results):
-            table.add_row("" if several or i else name, r.name, "ok" if r.ok else "FAIL", r.detail)
-    emit(table)
-    failures = sum(not r.ok for results in outcomes.values() for r in results)
-    total = sum(len(results) for results in outcomes.values())
-    print(f"{total - failures} of {total} checks hold on {len(outcomes)} model(s), {time.perf_counter() - began:.1f} s")
-    return 1 if failures else 0
+        print_table(table)
+    if results["cut_prompts"]:
+        lines.append(
+            f"{results['cut_prompts']:,} prompts were longer than the model's context; their beginning was cut"
+        )
+    for line in lines:
+        print(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -144,7 +144,8 @@ class Harness(HFLM):
     """HFLM that says when it cuts a prompt, needs no end-of-text token where none is used, and reports progress."""
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int, batch_size: int) -> None:
-        self.cut = 0
+        self.cut = 0  # requests that lost their beginning
+        self.rolling: Progress | None = None
         if tokenizer.pad_token is None and tokenizer.eos_token is None and tokenizer.unk_token is None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # else a new id, beyond the model's, is added
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
@@ -181,7 +182,18 @@ class Harness(HFLM):
                     f"{self.max_length:,}; leave that task out"
                 )
             self.cut += len(context) + len(continuation) > self.max_length + 1
-        return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)
+        answers = super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)
+        if self.rolling is not None:
+            self.rolling.update(self.rolling.done + len(requests))
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        total = sum(-(-n // self.max_length) for n in lengths)  # lm-eval's windows stand side by side
+        with Progress(total, "windows", "texts") as self.rolling:
+            found = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        self.rolling = None
+        return found
 
     def tok_batch_encode(self, strings: list[str], **kwargs: Any) -> Any:  # type: ignore[override]
         if limit := kwargs.get("left_truncate_len"):
@@ -258,10 +270,10 @@ def run_tasks(
     num_fewshot: int | None = None,
     bootstrap: int = 1000,
     seed: int = 1234,
-) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Run tasks. Returns ({task or group: its figures}, {task: one record per document and filter}).
+) -> tuple[dict[str, Any], dict[str, list[Any]], int]:
+    """Run tasks. Returns ({task or group: figures}, {task: a record per document and filter}, prompts that were cut).
 
-    max_length: the model's context; longer prompts lose their beginning, and are counted.  limit: documents per task,
+    max_length: the model's context; longer prompts lose their beginning.  limit: documents per task,
     or a share below 1.  num_fewshot: examples before each question, None: as each task says.  bootstrap: draws behind
     the errors of metrics that are no means.  seed: of the choice of examples.
     Raises InputError for a task that cannot be loaded or run.
@@ -283,13 +295,7 @@ def run_tasks(
     tables = {name: _figures(name, raw, results, samples.get(name, [])) for name, raw in results["results"].items()}
     for name, raw in (results.get("groups") or {}).items():
         tables[name] = _figures(name, raw, results, [])
-    if harness.cut:
-        print(
-            f"{harness.cut:,} requests were longer than the context of {max_length:,} tokens; their beginning was cut"
-        )
-        for table in tables.values():
-            table["cut_requests_of_all_tasks"] = harness.cut
-    return tables, samples
+    return tables, samples, harness.cut
 
 
 def _figures(name: str, raw: Mapping[str, Any], results: Mapping[str, Any], samples: Sequence[Any]) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""A Hugging Face folder of a causal language model, ours or another's, opened with errors that name the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipelines.lib.config import InputError
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def open_folder(folder: Path, dtype: str = "auto") -> Any:
+    """The model in evaluation mode. dtype: a name of torch, or auto: as saved. Raises InputError for what is none."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from models.families import load
+
+    disable_progress_bar()  # of its loading, which is over before a bar can be read
+    try:
+        return load(folder, None if dtype == "auto" else getattr(torch, dtype))
+    except Exception as error:  # transformers, safetensors, json and torch each have their own
+        said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise InputError(f"{folder}: not a model that can be opened ({said})") from error
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """{file: sha256} of the weights in a folder. Raises InputError if there are none."""
+    from pipelines.lib.shards import file_sha256
+
+    files = [path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))]
+    if not files:
+        raise InputError(f"{folder}: no weights here ({' or '.join(WEIGHTS)})")
+    return {path.name: file_sha256(path) for path in files}
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that a model was made for; None where its config does not say."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if (found := getattr(config, name, None)) is not None:
+            return int(found)
+    return None

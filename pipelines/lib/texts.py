@@ -1,0 +1,238 @@
+"""Texts as sequences of a model's tokens, with the bytes behind them, ready for pipelines.lib.scoring.
+
+`open_text` reads any source of pipelines.lib.corpus, `open_data` a split of a token folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models.spec import plain
+from pipelines.lib.config import InputError
+from pipelines.lib.corpus import Source
+
+if TYPE_CHECKING:
+    from pipelines.lib.shards import TokenFolder, Tokens
+
+BASELINE_BYTES = 16 << 20  # of a text, that gzip and xz are measured on; xz takes about 10 s for them
+
+
+class Stream:
+    """A split of a token folder as one sequence."""
+
+    def __init__(self, tokens: Tokens):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return self.tokens.n_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.tokens.window(part.start, part.stop - part.start)
+
+
+@dataclass
+class Text:
+    """A text as tokens, ready to be scored.
+
+    name: in tables and metrics.  sequences: each begins with a token that is not scored.  table: bytes behind each
+    id, [V] (zeros: not known).  n_bytes: of the text that is scored.  head: the text itself, as much of it as the
+    baselines take; head_ids: its tokens; ids_bytes: the bytes behind those.  fingerprint: sha256.  notes: how it was
+    made into tokens.
+    """
+
+    name: str
+    sequences: Sequence[Any]
+    table: np.ndarray
+    n_bytes: int | None
+    head: bytes
+    head_ids: np.ndarray | None
+    fingerprint: str
+    notes: dict[str, Any]
+    stream: Tokens | None = None
+
+    @property
+    def n_targets(self) -> int:
+        return sum(max(0, len(s) - 1) for s in self.sequences)
+
+    def documents(self, window: Any) -> np.ndarray | int:
+        """Which document each target of a window belongs to."""
+        if self.stream is None:
+            return window.sequence
+        return self.stream.documents(window.first + 1, window.end - window.first)[0]
+
+
+def read_documents(source: Source, text_mb: float | None) -> Iterator[tuple[bool, str]]:
+    """(whether a document begins here, text): the pieces of a source's documents."""
+    counts: Counter[str] = Counter()
+    left = sys.maxsize if text_mb is None else round(text_mb * 2**20)
+    plan = source.plan(1 << 62)
+    for piece in plan.slices:
+        for document in source.read(piece, counts):
+            text = document.text
+            if document.n_bytes > left:
+                text = text.encode()[:left].decode(errors="ignore")  # a character that the limit cuts is left out
+            yield document.begins, text
+            left -= document.n_bytes
+            if left <= 0:
+                return
+    changed = {k: n for k, n in (plan.counts + counts).items() if n}
+    if changed:
+        words = [f"{n:,} {what.replace('_', ' ')}" for what, n in changed.items()]
+        print(f"text: {', '.join(words)}", flush=True)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    from pipelines.lib.vocab import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)
+    except InputError as error:
+        raise InputError(f"{folder}: text and tasks need the model's tokenizer ({error})") from None
+
+
+def encoder_of(tokenizer: Any, folder: Path) -> Any:
+    """The fast encoder of pipelines.lib.vocab for a loaded tokenizer: special tokens in a text are letters to it."""
+    import tempfile
+
+    from pipelines.lib.vocab import Encoder
+
+    if (folder / "tokenizer.json").is_file():
+        return Encoder(folder)
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer.backend_tokenizer.save(f"{made}/tokenizer.json")
+        return Encoder(made)
+
+
+def open_text(setting: str | Source, model: Path, text_mb: float | None = None) -> Text:
+    """A text source as tokens of the model's tokenizer. Raises InputError if it is empty or has nothing to score."""
+    from pipelines.lib.corpus import Files, Hub, source
+    from pipelines.lib.jobs import storage_path
+    from pipelines.lib.vocab import token_bytes
+
+    origin = source(setting)
+    if isinstance(origin, Files):
+        origin = replace(origin, path=str(storage_path(origin.path)))
+    elif isinstance(origin, Hub) and storage_path(origin.name).exists():
+        origin = replace(origin, name=str(storage_path(origin.name)))
+    tokenizer = open_tokenizer(model)
+    encode, table = encoder_of(tokenizer, model), token_bytes(tokenizer).astype(np.int64)
+    prefix = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    pieces: list[list[np.ndarray]] = []
+    total, digest, head, head_ids = 0, hashlib.sha256(), bytearray(), []
+    for begins, text in read_documents(origin, text_mb):
+        ids, data = encode(text).astype(np.uint32), text.encode()
+        if begins or not pieces:
+            pieces.append([] if prefix is None else [np.array([prefix], np.uint32)])
+            digest.update(b"\0")
+        pieces[-1].append(ids)
+        digest.update(data)
+        total += len(data)
+        if len(head) < BASELINE_BYTES:
+            head += data
+            head_ids.append(ids)
+    shown = setting if isinstance(setting, str) else json.dumps(plain(setting))
+    if not total:
+        raise InputError(f"text={shown}: no text in it")
+    sequences = [np.concatenate(p) for p in pieces]
+    n_tokens = sum(len(s) for s in sequences) - (len(sequences) if prefix is not None else 0)
+    if not sum(len(s) - 1 for s in sequences):
+        raise InputError(
+            f"text={shown}: {n_tokens} token(s) in {len(sequences)} document(s); at least 2 are needed, for the "
+            "tokenizer has no beginning- or end-of-text token to predict the first one from"
+        )
+    if tokenizer.backend_tokenizer.get_vocab_size() and int(max(s.max() for s in sequences)) >= len(table):
+        raise InputError(f"text={shown}: the tokenizer gives ids outside its own vocabulary of {len(table)}")
+    in_tokens = int(sum(table[p].sum() for s in pieces for p in (s if prefix is None else s[1:])))
+    first = 0 if prefix is not None else int(sum(table[s[0]] for s in sequences))
+    if abs(in_tokens - total) > 0.005 * total + len(sequences):
+        print(
+            f"warning: the tokens of this text stand for {in_tokens:,} bytes of its {total:,}: the tokenizer rewrites "
+            "text or has no tokens for some of it, so its bits per byte flatter the model"
+        )
+    notes = {
+        "source": plain(setting),
+        "documents": len(sequences),
+        "tokens_in_all": n_tokens,
+        "bytes_in_all": total,
+        "bytes_in_tokens": in_tokens,
+        "begins_with": None if prefix is None else tokenizer.convert_ids_to_tokens(prefix),
+        "ends_of_documents": "not scored",
+        "tokenizer_backend": encode.backend,
+    }
+    ids = np.concatenate(head_ids)
+    digest.update(b"" if prefix is None else str(prefix).encode())
+    name = Path(setting).stem if isinstance(setting, str) else str(getattr(setting, "name", type(setting).__name__))
+    return Text(
+        name.replace("/", "_").lower() or "text",
+        sequences,
+        table,
+        total - first,
+        bytes(head),
+        ids,
+        digest.hexdigest(),
+        notes,
+    )
+
+
+def open_data(path: str | Path, split: str, model: Path) -> Text:
+    """A split of a token folder, as training sees it. Raises InputError; also if its tokenizer is not the model's."""
+    from pipelines.lib.shards import TokenFolder, file_sha256
+
+    folder = TokenFolder.open(path)
+    tokens = folder.split(split)
+    if tokens.n_tokens < 2:
+        raise InputError(f"{folder.path}: split {split!r} has {tokens.n_tokens} token; at least 2 are needed")
+    theirs = folder.tokenizer_dir / "tokenizer.json" if folder.tokenizer_dir else None
+    ours = model / "tokenizer.json"
+    if theirs and theirs.is_file() and ours.is_file() and file_sha256(theirs) != file_sha256(ours):
+        raise InputError(
+            f"{folder.path} was made with another tokenizer than the model's ({theirs} and {ours} differ); "
+            "give the text itself: text=..."
+        )
+    known = folder.token_bytes()
+    table = np.zeros(folder.vocab_size, np.int64) if known is None else np.asarray(known, np.int64)
+    n_bytes = None
+    if known is not None:
+        n_bytes = sum(int(table[w].sum()) for w in _blocks(tokens)) - int(table[tokens.window(0, 1)[0]])
+    notes = {
+        "source": str(folder.path),
+        "split": split,
+        "documents": tokens.n_documents,
+        "tokens_in_all": tokens.n_tokens,
+        "begins_with": None,
+        "ends_of_documents": "scored, as in training",
+    }
+    head, head_ids = _decoded(folder, tokens)
+    return Text(split, [Stream(tokens)], table, n_bytes, head, head_ids, folder.fingerprint, notes, stream=tokens)
+
+
+def _blocks(tokens: Tokens, size: int = 1 << 20) -> Iterator[np.ndarray]:
+    for start in range(0, tokens.n_tokens, size):
+        yield tokens.window(start, min(size, tokens.n_tokens - start))
+
+
+def _decoded(folder: TokenFolder, tokens: Tokens) -> tuple[bytes, np.ndarray | None]:
+    """The text of a split and its tokens, without ends of documents, as much of it as the baselines take."""
+    known = folder.token_bytes()
+    if folder.tokenizer_dir is None or known is None:
+        return b"", None
+    from pipelines.lib.vocab import load_tokenizer
+
+    tokenizer = load_tokenizer(folder.tokenizer_dir)
+    text, ids = bytearray(), []
+    for block in _blocks(tokens, 1 << 16):
+        kept = block[np.asarray(known)[block] > 0].astype(np.uint32)
+        text += str(tokenizer.decode(kept.tolist(), clean_up_tokenization_spaces=False)).encode()
+        ids.append(kept)
+        if len(text) >= BASELINE_BYTES:
+            break
+    return bytes(text), np.concatenate(ids)
