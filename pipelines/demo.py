@@ -92,8 +92,11 @@ def ask(config: DemoConfig) -> str:
     from pipelines.lib.cluster import ensure_ray
 
     ensure_ray()
+    import logging
+
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from serving.app import build as application
 
     port = config.port or free_port()

@@ -96,6 +96,7 @@ def run(config: TrainConfig) -> int:
     """Train, watch and track one run. Returns the exit code: 0 done, 130 stopped on request."""
     from pipelines.lib.launch import in_process, on_ray, stop_on_signal
     from pipelines.lib.loop import open_data
+    from pipelines.lib.runlog import read_samples
     from pipelines.lib.tracking import Tracker
     from pipelines.lib.watch import Watch
 
@@ -122,7 +123,7 @@ def run(config: TrainConfig) -> int:
         status = "FAILED"
         try:
             tracker.mirror(the_run.metrics)
-            on_checkpoint = lambda step, path: tracker.checkpoint(path, step, {})
+            on_checkpoint = lambda step, path: tracker.checkpoint(path, step)
             with Watch(the_run, total, on_checkpoint) as watch, stop_on_signal(the_run, watch.say):
                 outcome = in_process(job, config) if config.num_workers == 0 else on_ray(job, config, watch.say)
             status = "KILLED" if outcome.stopped == "asked to stop" else "FINISHED"
@@ -130,6 +131,8 @@ def run(config: TrainConfig) -> int:
             for path in (the_run.samples, the_run.log):
                 if path.is_file():
                     tracker.artifact(path)
+            if samples := read_samples(the_run.samples):
+                tracker.table("samples", samples)
             tracker.plot("loss", ["train/nll", "val/nll"])
             tracker.close(status)
     return summary(the_run, outcome)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -50,6 +51,17 @@ class Log:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def read_samples(path: Path) -> list[dict[str, str | int]]:
+    """The samples of a run as rows: step, prompt, text (the prompt with its continuation)."""
+    if not path.is_file():
+        return []
+    pieces = re.split(r"^--- step (\d+) \| (.*)$\n", path.read_text(encoding="utf-8"), flags=re.M)
+    return [
+        {"step": int(step), "prompt": json.loads(prompt), "text": text.removesuffix("\n\n")}
+        for step, prompt, text in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True)
+    ]
 
 
 def write_sample(path: Path, step: int, prompt: str, text: str) -> None:

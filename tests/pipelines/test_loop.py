@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -351,6 +352,52 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_names_path_and_bytes(data, tm
     run = Run(config["out"])
     assert run.newest_valid().name == "step_10" and run.pointed("last") == "step_10"
     assert [p.name for p in run.checkpoints.iterdir()] == ["step_10"]
+
+
+def test_a_really_full_disk_leaves_the_old_checkpoint(data, tmp_path):
+    """The same on a file system of one megabyte, where this system lets us mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a small file system here; the test above proves the same with a made-up error")
+    try:
+        config = tiny_config(data, small / "run", steps=40, keep_last=0, sample_prompts=[])
+        with pytest.raises(InputError, match=r"disk full while writing .*: [\d,]+ bytes are needed, [\d,]+ are free; "):
+            train(job(config))
+        run = Run(config["out"])
+        good = run.newest_valid()
+        assert good is not None and good.name == run.pointed("last")
+        shutil.rmtree(run.checkpoints / f"step_{run.steps()[-1]}")  # room again
+        assert train(job({**config, "steps": 30, "keep_last": 1})).step == 30
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_out_of_memory_names_the_setting_and_a_smaller_micro_batch(data, tmp_path, monkeypatch):
+    from pipelines.lib import loop
+
+    def too_much(self, ids, targets, pos=None, doc=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop.Loss, "forward", too_much)
+    with pytest.raises(
+        InputError, match=r"out of memory with micro_batch=4 rows of 32; try micro_batch=2: .*384 stays"
+    ):
+        train(job(tiny_config(data, tmp_path / "a")))
+    with pytest.raises(InputError, match="try activation_checkpointing=true"):
+        train(job(tiny_config(data, tmp_path / "b", micro_batch=1)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_compiled_run_has_the_losses_of_the_eager_one(data, tmp_path):
+    losses = []
+    for compiled in (False, True):
+        config = tiny_config(data, tmp_path / str(compiled), steps=20, compile=compiled)
+        train(job(config))
+        losses.append([row["train/loss"] for row in metrics(config["out"]).values()])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
 def test_keep_policy_spares_the_best_the_newest_and_the_multiples(data, tmp_path):
