@@ -6,7 +6,11 @@ One function, `ensure_ray()`, is the only place of this project that calls `ray.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LOCAL_ENVIRONMENT = {
@@ -34,6 +38,11 @@ def ensure_ray(num_cpus: int | None = None, object_store_bytes: int = OBJECT_STO
 
     if ray.is_initialized():
         return False
+    with _own_sigterm():
+        return _init(ray, num_cpus, object_store_bytes)
+
+
+def _init(ray: Any, num_cpus: int | None, object_store_bytes: int) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
@@ -48,6 +57,15 @@ def ensure_ray(num_cpus: int | None = None, object_store_bytes: int = OBJECT_STO
             **quiet,
         )
     return True
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep a stage's own SIGTERM handler: `ray.init` puts Ray's in its place, and a stop would not save first."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def usable_cpus() -> int:

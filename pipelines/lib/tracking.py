@@ -455,8 +455,8 @@ class Copy:
         return True
 
     def _too_early(self, note: dict[str, Any]) -> bool:
-        """A checkpoint's figures carry the time of their row in metrics.jsonl, so that MLflow sees each once."""
-        return note["do"] == "checkpoint" and -1 < self.at["metrics.jsonl"] < note["step"]
+        """Whether a checkpoint came before its row: its figures carry that row's time, so that MLflow has them once."""
+        return note["do"] == "checkpoint" and self.at["metrics.jsonl"] < note["step"]
 
     def _do(self, note: dict[str, Any]) -> None:
         """One line. What MLflow or the disk refuses for good is said and left out, so that the rest can follow."""

@@ -191,6 +191,17 @@ def test_bad_input_of_a_job_ends_with_its_one_line_and_exit_code_2(head):
     assert not (head.storage / "runs" / "bad").exists()
 
 
+def test_a_stage_keeps_its_own_sigterm_handler_when_ray_starts():
+    """What `ray job stop` sends; ray.init puts a handler of its own in its place."""
+    code = (
+        "import os, signal, time; got = []; signal.signal(signal.SIGTERM, lambda *a: got.append(a))\n"
+        "from pipelines.lib.cluster import ensure_ray; ensure_ray(num_cpus=1)\n"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1); assert len(got) == 1; print('saved')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("saved\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_stopping_a_job_saves_first_and_the_same_job_resumes(head):
     words = ["python", "-m", "pipelines.train", *TRAIN, "out=runs/stopped", "steps=100000", "num_workers=1"]
