@@ -30,7 +30,9 @@ class Loss(nn.Module):
         Returns (loss, nll): sums in nats. nll is plain cross-entropy, whatever the training loss is.
         """
         b, t = ids.shape
-        at = At.full(b, t, ids.device) if pos is None else At(pos=pos, upto=t, doc=doc)
+        at = At.full(b, t, ids.device)
+        if pos is not None or doc is not None:
+            at = At(pos=at.pos if pos is None else pos, upto=t, doc=doc)
         x = self.model.hidden(ids, at)
         head = cast(nn.Linear, self.model.get_output_embeddings())
         return linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten(), self.z_loss, head.bias)

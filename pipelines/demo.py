@@ -138,7 +138,7 @@ def quality(config: DemoConfig) -> dict[str, float]:
     val = folder.split("val")
     assert folder.tokenizer_dir is not None
     ids = val.window(0, val.n_tokens)
-    text = load_tokenizer(folder.tokenizer_dir).decode(ids.tolist(), skip_special_tokens=True)
+    text = str(load_tokenizer(folder.tokenizer_dir).decode(ids.tolist(), skip_special_tokens=True))
     rows = [json.loads(line) for line in Run(config.out).metrics.read_text().splitlines()]
     ours = min(row["val/bpb"] for row in rows if "val/bpb" in row)
     return {"this model": ours, **compression_baselines(text, ids, len(text.encode()))}

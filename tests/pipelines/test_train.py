@@ -109,7 +109,7 @@ def test_two_ray_workers_survive_kill_9_and_equal_the_run_without_ray(data, refe
 
 
 def test_kill_9_of_the_driver_then_the_same_command_goes_on(data, reference, tmp_path):
-    """In-process, the driver is the worker: MLflow has every step once, the weights are bitwise those without a kill."""
+    """In-process the driver is the worker: MLflow has every step once, the weights are bitwise those without a kill."""
     out = tmp_path / "run"
     arguments = words(data, out, "steps=60", "num_workers=0")
     process = start(*arguments)
