@@ -156,12 +156,11 @@ def run(config: SampleConfig) -> int:
     params = settings(config, seed)
     torch.set_num_threads(config.threads)
     model, tokenizer, folder = open_model(config.run, config.which, config.device, config.dtype)
+    rows = min(config.batch, len(prompts) * config.num_samples)
     try:
-        engine = Engine(model, tokenizer, min(config.batch, len(prompts) * config.num_samples), config.context)
+        engine = Engine(model, tokenizer, rows, config.context, cache=config.cache, dedicated=True)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if not config.cache:
-        engine = Engine(model, tokenizer, engine.rows, config.context, cache=False)
     requests = []
     for i, prompt in enumerate(prompts):
         for j in range(config.num_samples):

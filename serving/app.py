@@ -384,7 +384,7 @@ class LanguageModel:
         self.settings = settings
         model, tokenizer, folder = open_model(*(settings[k] for k in ("run", "which", "device", "dtype")))
         options = {k: settings[k] for k in ("rows", "context", "chunk", "max_waiting")}
-        self.engine = Engine(model, tokenizer, **options)
+        self.engine = Engine(model, tokenizer, dedicated=True, **options)
         self.thread = EngineThread(self.engine)
         self.thread.start()
         # Prompts are encoded beside the event loop, and by a copy: the engine's thread uses the other for decoding, and

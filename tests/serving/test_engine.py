@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from models.convert import llama2c
 from models.parts.position import Learned
 from serving.backends import CachePerRow, Recompute, SharedMemory
 from serving.engine import (
@@ -37,6 +38,7 @@ from tests.serving.tiny import (
     foreign,
     gpt,
     sentencepiece_tokenizer,
+    stories_tokenizer,
     wordpiece_tokenizer,
 )
 
@@ -78,6 +80,7 @@ def test_greedy_is_equal_with_and_without_cache_batched_and_single_and_in_genera
     model = make()
     engine = Engine(model, rows=3, chunk=5)  # fewer rows than prompts, prompts longer than a chunk
     batched = tokens_of(engine.complete(PROMPTS, GREEDY))
+    assert batched == tokens_of(Engine(model, rows=3, chunk=5, dedicated=True).complete(PROMPTS, GREEDY))
     assert isinstance(engine._backend, backend)
     assert len({tuple(t) for t in batched}) == len(PROMPTS), "the test's texts should differ"
     assert batched == tokens_of(Engine(model, cache=False).complete(PROMPTS, GREEDY))
@@ -93,6 +96,21 @@ def test_greedy_is_equal_with_and_without_cache_batched_and_single_and_in_genera
             eos_token_id=-1,
         )
         assert out[0].tolist() == prompt + tokens
+
+
+def test_a_trained_model_tells_the_story_that_is_known(data_dir):
+    """stories260K: 200 greedy tokens, byte for byte, through engine and tokenizer; cut by a stop string it contains."""
+    folder = data_dir / "stories260K"
+    wanted = (folder / "expected_greedy_200.txt").read_bytes().decode()
+    model, tokenizer = llama2c.load(folder / "stories260K.bin"), stories_tokenizer(folder / "tok512.bin")
+    assert TokenBytes(tokenizer).exact
+    story = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    stopped = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, stop=('said, "I want',))
+    texts = Engine(model, tokenizer, rows=2).generate(["", [1]], [story, stopped])
+    assert texts == [wanted, wanted[: wanted.index('said, "I want')]]
+    start = "Once upon a time, there was a little"
+    rest = Engine(model, tokenizer).generate([start], story)[0]  # begins with a space, which must stay
+    assert (start + rest).startswith(wanted)
 
 
 def test_a_sampled_result_does_not_depend_on_what_else_is_batched(model):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from models.convert import llama2c
 from models.families import create
 from models.gpt.config import GPT
 from models.parts.attention import Causal
@@ -52,6 +55,26 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def stories_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The vocabulary of llama2.c's small models: SentencePiece pieces, merged in the order of their scores."""
+    pieces = llama2c.Pieces.load(path, 512)
+    names = ["<unk>", "<s>", "</s>", *(p.decode().replace(" ", "▁") for p in pieces.pieces[3:])]
+    vocab = {name: i for i, name in enumerate(names)}
+    merges = [
+        (name[:k], name[k:])
+        for _, name in sorted(zip(pieces.scores[259:], names[259:], strict=True), reverse=True)
+        for k in range(1, len(name))
+        if name[:k] in vocab and name[k:] in vocab
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def gpt(vocab_size: int = 300, seq_len: int = 64, init_std: float = 0.5, **options):
