@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -58,9 +58,13 @@ from pipelines.lib.shards import (
 )
 from pipelines.lib.vocab import BPE, Encoder, Vocabulary
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 FORMAT_VERSION = 1
 SETTINGS = "config.yaml"
 RECORDS = "records"
+LOCK = ".lock"
 UNIT_BYTES = 16 * 2**20  # of text: about a second of work, 4 M tokens, a shard of 8 MB
 SMALL_UNIT_BYTES = 2**20
 UNITS = 64  # a small corpus is cut into about so many units, so that many workers have something to do
@@ -374,7 +378,7 @@ def _is_new(out: Path, state: dict[str, Any], config: TokenizeConfig) -> bool:
     """Whether there is work to do in `out`. Raises InputError if it holds something else, or other settings' work."""
     if out.is_file():
         raise InputError(f"out={out} is a file; a folder is needed")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or not any(p.name != LOCK for p in out.iterdir()):
         return True
     if not (out / SETTINGS).is_file():
         raise InputError(f"out={out} exists and holds other files; choose another out=, or empty it")
@@ -401,7 +405,7 @@ def _lock(out: Path) -> Iterator[None]:
 
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / ".lock", timeout=0):
+        with FileLock(out / LOCK, timeout=0):
             yield
     except Timeout:
         raise InputError(
@@ -435,18 +439,21 @@ def _prepare_tokenizer(config: TokenizeConfig, origin: Source, plan: Plan) -> tu
     out, kind = Path(config.out), cast(Vocabulary, config.tokenizer)
     folder = out / "tokenizer"
     if not folder.is_dir():
-        started = time.perf_counter()
+        started, seen = time.perf_counter(), 0
 
         def texts() -> Iterator[str]:
             n_bytes = getattr(kind, "sample_mb", 0) * 2**20 if kind.reads_corpus == "sample" else float("inf")
             threshold = int(config.val_fraction * HASHES) if config.split == "documents" else 0
+            nonlocal seen
             for document in corpus.sample(origin, plan, n_bytes):
+                seen += 1
                 if kind.reads_corpus == "everything" or document_hash(config.seed, document.id) >= threshold:
                     yield document.text  # validation documents do not train a tokenizer
 
         made = kind.make(texts)
-        if len(made) == 0:
-            raise InputError("the corpus is empty: no text to make a tokenizer from")
+        if kind.reads_corpus != "nothing" and not seen:
+            shutil.rmtree(out)
+            raise InputError(f"the corpus is empty: no document of {_source_name(config)} holds text")
         table = vocab.save_tokenizer(made, folder)
         write_atomically(out / TOKEN_BYTES, vocab.array_bytes(table))
         asked = getattr(kind, "vocab_size", len(made))
@@ -689,12 +696,10 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
             made = kind.make(lambda: [text])
             made.save_pretrained(folder)
             encoder = Encoder(folder, sample=[text[: vocab.CHUNK]])
-            row = vocab.compare_on(text, encoder, lambda ids, t=made: t.decode(ids, skip_special_tokens=False))  # type: ignore[misc]
+            row = vocab.compare_on(text, encoder, functools.partial(_decoded, made))
         rows.append({"tokenizer": vocab_name(kind), **row})
     rows.sort(key=lambda row: row["unigram_bits_per_byte"])
-    print(
-        f"{len(text.encode()):,} bytes of text. unigram bits/byte: entropy of this text's own token frequencies, no model."
-    )
+    print(f"{len(text.encode()):,} bytes of text; unigram bits/byte is the entropy of the text's own token frequencies")
     print(
         f"{'tokenizer':32} {'ids':>8} {'used':>7} {'tokens':>11} {'tokens/byte':>11} {'bytes/token':>11} "
         f"{'unigram bits/byte':>17} {'text back':>9} {'M tokens/s':>10} backend"
@@ -706,6 +711,10 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
             f"{'yes' if row['round_trip'] else 'no':>9} {row['tokens_per_s'] / 1e6:>10.2f} {row['backend']}"
         )
     return rows
+
+
+def _decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 @dataclass(frozen=True)

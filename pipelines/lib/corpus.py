@@ -53,7 +53,7 @@ from pipelines.lib.config import InputError
 PIECE = 8 * 2**20  # bytes of a text that are decoded at once
 SEAM_SEARCH = 2**20  # bytes after a slice's nominal begin in which a place to begin is looked for
 LONGEST_LINE = 2**29  # bytes of one JSON line
-HEAD = 2**16  # bytes that decide whether a file is text
+HEAD = 2**20  # bytes that decide whether a file is text, and its encoding if it is read in parts
 # A piece may begin at white space after an ASCII letter or digit: pipelines.lib.vocab.SEAM, in bytes.
 BYTE_SEAM = re.compile(rb"(?<=[0-9A-Za-z])(?=[ \n\t\r])")
 COMPRESSED = (".gz", ".zst")
@@ -212,7 +212,7 @@ def _compiled_modules() -> list[str]:
 def _docstrings(name: str) -> str:
     """The docstrings of a compiled module, its functions, classes and their methods, in order of name.
 
-    Only what is compiled: a debugger or Ray may have put functions of its own into `sys`.
+    Only what is compiled, and no hooks: a debugger or Ray may have put functions of its own into `sys`.
     """
     import importlib
     import inspect
@@ -223,7 +223,8 @@ def _docstrings(name: str) -> str:
         return ""
     lines = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
     for key, value in sorted(vars(module).items()):
-        if key.startswith("_") or not (inspect.isbuiltin(value) or inspect.isclass(value)):
+        is_fixed = not key.startswith("_") and not key.endswith("hook")
+        if not is_fixed or not (inspect.isbuiltin(value) or inspect.isclass(value)):
             continue
         if getattr(value, "__module__", None) not in (name, "builtins", None):
             continue
@@ -257,13 +258,13 @@ class Files(Source):
             raise ConfigError("separator must not be empty")
 
     def plan(self, slice_bytes: int) -> Plan:
-        root, files = self._files()
+        root, files, is_folder = self._files()
         plan = Plan([], [])
         for path in files:
             name = path.relative_to(root).as_posix()
             state = path.stat()
             form = form_of(path)
-            if root != path and form is None and path.is_relative_to(root) and not glob.has_magic(self.path):
+            if form is None and is_folder:  # a file that was asked for by name is read as text
                 plan.counts["other_files"] += 1
                 plan.left_out.append(name)
                 continue
@@ -286,22 +287,21 @@ class Files(Source):
         self._check_column(plan)
         return plan.limited(self.max_mb)
 
-    def _files(self) -> tuple[Path, list[Path]]:
-        """(the folder that names are relative to, the files in order of name)."""
+    def _files(self) -> tuple[Path, list[Path], bool]:
+        """(the folder that names are relative to, the files in order of name, whether a whole folder was asked for)."""
         path = Path(self.path).expanduser()
         if path.is_file():
-            return path.parent.absolute(), [path.absolute()]
+            return path.parent.absolute(), [path.absolute()], False
         if path.is_dir():
-            files = [Path(folder, f) for folder, _, names in os.walk(path) for f in names if not f.startswith(".")]
-            return path.absolute(), sorted(
-                (f.absolute() for f in files), key=lambda f: f.relative_to(path.absolute()).parts
-            )
+            root = path.absolute()
+            files = [Path(folder, f) for folder, _, names in os.walk(root) for f in names if not f.startswith(".")]
+            return root, sorted(files, key=lambda f: f.relative_to(root).parts), True
         if glob.has_magic(self.path):
             found = sorted(Path(p).absolute() for p in glob.glob(os.path.expanduser(self.path), recursive=True))
             found = [p for p in found if p.is_file()]
             if not found:
                 raise InputError(f"source {self.path}: no file matches")
-            return Path(os.path.commonpath([p.parent for p in found])), found
+            return Path(os.path.commonpath([p.parent for p in found])), found, False
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = near(path.name, beside) if beside and len(beside) < 1000 else ""
         hint = hint if "did you mean" in hint else f"; a kind is one of {', '.join(Source.kinds)}"
@@ -312,7 +312,7 @@ class Files(Source):
         if whole.size <= slice_bytes:
             return False
         with open(whole.path, "rb") as file:
-            head = file.read(PIECE)
+            head = file.read(HEAD)
         if not looks_like_text(head):
             plan.counts["not_text_files"] += 1
             plan.left_out.append(whole.name)
@@ -500,7 +500,7 @@ def looks_like_text(head: bytes) -> bool:
     """No NUL bytes (unless UTF-16 says so by its mark), and at most 5 % other control characters."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return True
-    head = head[:HEAD]
+    head = head[: HEAD // 16]
     controls = sum(head.count(bytes([b])) for b in (*range(1, 9), 11, *range(14, 27), *range(28, 32), 127))
     return b"\0" not in head and controls <= len(head) * 0.05
 
@@ -565,10 +565,10 @@ def read_text(piece: Slice, counts: Counter[str]) -> Iterator[Document]:
     """A text file, or a byte range of one, as one document in pieces of at most about 8 MiB.
 
     A piece begins at a seam (BYTE_SEAM), where the ids of a tokenizer do not depend on what stands before. A file has
-    one encoding, found on its first 8 MiB.
+    one encoding, found on its first 8 MiB (1 MiB if it is read in ranges).
     """
     with _opened(piece.path) as file:
-        block = file.read(PIECE)
+        block = file.read(HEAD if piece.end else PIECE)
         if piece.begin == 0 and not looks_like_text(block):
             counts["not_text_files"] += 1
             return
@@ -630,7 +630,7 @@ def read_separated(piece: Slice, separator: str, counts: Counter[str]) -> Iterat
     mark = separator.encode()
     stop = piece.end if piece.end else sys.maxsize
     with _opened(piece.path) as file:
-        head = file.read(PIECE)
+        head = file.read(HEAD)
         if not looks_like_text(head):
             counts["not_text_files"] += 1
             return

@@ -22,6 +22,7 @@ Whatever is damaged is named in one line (file, what was expected, what was foun
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
@@ -80,13 +81,20 @@ def write_shard(path: Path, tokens: np.ndarray, offsets: np.ndarray, n_bytes: in
 
 
 def write_atomically(path: Path, data: Any) -> None:
-    """Write bytes under a temporary name beside `path`, then rename. A kill leaves the old file or the new one."""
+    """Write bytes under a temporary name beside `path`, then rename. A kill leaves the old file or the new one.
+
+    Raises InputError that names path and bytes when the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"no space left for the {len(memoryview(data))} bytes of {path}; free some, then give the same command"
+            ) from None
         raise
 
 
