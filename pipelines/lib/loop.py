@@ -365,7 +365,7 @@ def train(
         peak, threads = trainer.peak, torch.get_num_threads()
         log(
             f"workers: {world.size} on {world.device}, CPU threads each: {threads}; "
-            f"{trainer.flops_per_token / 1e6:.1f} MFLOP per token; peak {peak.flops / 1e9:,.0f} GFLOP/s each ({peak.how})"
+            f"{trainer.flops_per_token / 1e6:.1f} MFLOP per token; peak {peak.flops / 1e9:,.0f} GFLOP/s ({peak.how})"
         )
         metrics = Metrics(run.metrics if world.rank == 0 else None)
         return _steps(trainer, metrics, report)
