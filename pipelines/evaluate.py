@@ -468,10 +468,9 @@ def show(results: dict[str, Any]) -> None:
             table.add_row(name, *cells, f"{row['tokens']:,}", f"{row['bytes']:,}" if row["bytes"] else "not known")
             for baseline, value in row.get("baselines_bits_per_byte", {}).items():
                 table.add_row(f"  {baseline}", f"{value:.4f}", style="dim")
-            lines.append(
-                f"{name}: windows of {row['context']} tokens, stride {row['stride']}; ± is one standard error over "
-                f"{row['stderr_over']}"
-            )
+            over = row["stderr_over"]
+            error = f"± is one standard error over {over}" if over else "too short for a standard error"
+            lines.append(f"{name}: windows of {row['context']} tokens, stride {row['stride']}; {error}")
             if row["stride"] != row["context"] and "split" in row:
                 lines.append(
                     f"training validates with windows side by side; stride={row['context']} repeats its figure"
@@ -491,7 +490,7 @@ def show(results: dict[str, Any]) -> None:
                 value = with_error(entry["value"], entry["stderr"])
                 table.add_row(task if first else "", metric, value, count, shots)
         print_table(table)
-    if results["cut_prompts"]:
+    if results.get("cut_prompts"):
         lines.append(
             f"{results['cut_prompts']:,} prompts were longer than the model's context; their beginning was cut"
         )

@@ -88,11 +88,13 @@ def run_check(config: CheckConfig) -> int:
     """Every check on every subject, as a table. Returns 1 if a promise does not hold, else 0."""
     from rich import box
     from rich.table import Table
+    from transformers.utils.logging import disable_progress_bar
 
     from models.check import CHECKS, conformance
     from pipelines.lib.progress import Progress
     from pipelines.lib.terminal import print_table
 
+    disable_progress_bar()  # of saving and loading, which the checks do often
     chosen = [name for name in CHECKS if config.only is None or config.only in name]
     if not chosen:
         raise InputError(f"only={config.only}: no such check{near(config.only, CHECKS)}")

@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from lm_eval import simple_evaluate
@@ -53,6 +54,8 @@ def find_tasks(words: Sequence[str], include: Sequence[Path] = ()) -> Tasks:
     names: list[str] = []
     for word in words:
         path = Path(word).expanduser()
+        if "/" in word and not path.exists():
+            raise InputError(f"tasks={word}: no such file or folder")
         if path.is_dir() and ("/" in word or any(path.glob("**/*.yaml"))):  # else a task whose name a folder has too
             inside = TaskManager(include_path=str(path), include_defaults=False)
             if not inside.all_subtasks:
@@ -232,31 +235,30 @@ class Bar:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval and datasets without their bars and chatter, and without forking for a bootstrap."""
+    """lm-eval and datasets without their bars and chatter, and without forks and look-ups that cost seconds."""
     import datasets
 
-    modules = [importlib.import_module(f"lm_eval.{name}") for name in ("models.huggingface", "api.task", "api.model")]
-    had = [module.__dict__.get("tqdm") for module in modules]
+    stand_ins: dict[str, dict[str, Any]] = {
+        "models.huggingface": {"tqdm": Bar},
+        "api.task": {"tqdm": Bar},
+        "api.model": {"tqdm": Bar},
+        # It asks git for the commit of the working directory, pip for every package and lscpu for the processor.
+        "evaluator": {"get_git_commit_hash": lambda: None, "add_env_info": lambda results: None},
+    }
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
-    serial = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    for module, tqdm in zip(modules, had, strict=True):
-        if tqdm is not None:
-            module.__dict__["tqdm"] = Bar
-    try:
-        yield
-    finally:
-        for module, tqdm in zip(modules, had, strict=True):
-            if tqdm is not None:
-                module.__dict__["tqdm"] = tqdm
-        logger.setLevel(level)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
+        for name, values in stand_ins.items():
+            module = importlib.import_module(f"lm_eval.{name}")
+            there = {key: value for key, value in values.items() if hasattr(module, key)}
+            undo.enter_context(mock.patch.multiple(module, **there))
+        undo.callback(logger.setLevel, level)
+        logger.setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
         if not bars:
-            datasets.enable_progress_bars()
-        if serial is None:
-            os.environ.pop("DISABLE_MULTIPROC")
+            undo.callback(datasets.enable_progress_bars)
+        yield
 
 
 def run_tasks(

@@ -186,7 +186,7 @@ class Tally:
             "bits_per_byte_stderr": None,
             "tokens": count,
             "bytes": n_bytes,
-            "stderr_over": over,
+            "stderr_over": None if error is None else over,
         }
         if n_bytes:
             weight = units[:, 2] if units[:, 2].sum() else units[:, 1]
