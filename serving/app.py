@@ -10,16 +10,19 @@ tokens, sequences, requests, queue).
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import click
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
@@ -28,7 +31,9 @@ from starlette.exceptions import HTTPException
 
 from models.spec import ConfigError
 from models.spec import build as build_config
-from pipelines.lib.config import scalar
+from pipelines.lib.cluster import ensure_ray
+from pipelines.lib.config import InputError, scalar
+from pipelines.lib.run import resolve
 from serving.protocol import (
     DONE,
     PLAIN_STOPS,
@@ -55,8 +60,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 API_KEY = "NOVELLA_API_KEY"
-EVENTS_PER_S = 2000  # of all streams together; Ray Serve was seen to carry about 3,700
+EVENTS_PER_S = (
+    1000  # of all streams together. Ray Serve was seen to carry about 3,700, which leaves no core for the model
+)
 OUT_OF_REACH = 100_000
+DRAIN_S = 20.0  # requests that are open when the server is told to stop have this long to end
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -138,17 +146,29 @@ class ServeConfig:
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application; `serve run serving.app:build run=...` calls it. Raises ConfigError that names the setting."""
-    config: ServeConfig = build_config(
-        ServeConfig, {k: scalar(v) if isinstance(v, str) else v for k, v in args.items()}
-    )
-    key = config.key()
-    # Replicas work in directories of Ray's own, so a relative path is resolved here.
-    path = Path(config.run).absolute()
+    """The application; `serve run serving.app:build run=...` calls it.
+
+    Raises ConfigError or InputError that names the setting, the file and what would do; under the `serve` command this
+    is one line and exit code 2.
+    """
+    command = click.get_current_context(silent=True)
+    try:
+        config: ServeConfig = build_config(
+            ServeConfig, {k: scalar(v) if isinstance(v, str) else v for k, v in args.items()}
+        )
+        key = config.key()
+        # Here, because replicas work in directories of Ray's own, and so that all of them serve the same checkpoint.
+        folder = resolve(config.run, config.which).absolute()
+    except (ConfigError, InputError) as error:
+        if command is None:
+            raise
+        raise Refusal(str(error)) from None
+    if command is not None:
+        end_gracefully(command)
     settings = {
-        "run": str(path),
-        "name": config.name or path.name,
-        **{k: getattr(config, k) for k in ("which", "device", "dtype", "threads", "rows", "context", "chunk")},
+        "run": str(folder),
+        "name": config.name or Path(config.run).absolute().name,
+        **{k: getattr(config, k) for k in ("device", "dtype", "threads", "rows", "context", "chunk")},
         **{k: getattr(config, k) for k in ("max_waiting", "max_sequences", "max_tokens")},
     }
     num_gpus = config.num_gpus if config.num_gpus is not None else float(config.device.startswith("cuda"))
@@ -164,6 +184,39 @@ def build(args: dict[str, Any]) -> Application:
     ).bind(settings)
     limits = {"max_requests": config.max_requests, "max_body_bytes": config.max_body_bytes}
     return Gateway.bind(model, settings["name"], limits, digest(key) if key else None)  # type: ignore[attr-defined]
+
+
+class Refusal(click.ClickException):
+    """One line on stderr and exit code 2, when the `serve` command calls `build`."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", file=file, err=True)
+
+
+def end_gracefully(command: click.Context) -> None:
+    """Let SIGTERM and Ctrl-C end `serve run` only after the requests that are open; a second one ends it at once.
+
+    `serve run` alone takes the proxy down first, which cuts every stream, and on SIGTERM Ray ends without a word. Ray
+    sets its own handler when it starts, so it is started here, unless the command says where or how.
+    """
+    if any(command.params.get(name) for name in ("address", "working_dir", "runtime_env", "runtime_env_json")):
+        return
+    ensure_ray()
+    app = str(command.params.get("name") or "default")
+
+    def stop(*_: Any) -> None:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.default_int_handler)
+        with contextlib.suppress(Exception):  # not up yet, or already down
+            gateway = serve.get_deployment_handle("Gateway", app)
+            gateway.drain.remote(DRAIN_S).result(timeout_s=DRAIN_S + 2)
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # not in the main thread: whoever called is in charge of signals
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, stop)
 
 
 def digest(key: str) -> bytes:
@@ -212,7 +265,7 @@ class EventStream(StreamingResponse):
     max_ongoing_requests=OUT_OF_REACH,  # the default of 5 makes the sixth stream wait
     ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}},
     graceful_shutdown_wait_loop_s=0.5,
-    graceful_shutdown_timeout_s=20,  # streams that are open may end
+    graceful_shutdown_timeout_s=DRAIN_S,
 )
 @serve.ingress(api)
 class Gateway:
@@ -222,7 +275,7 @@ class Gateway:
         self.model, self.name, self.limits, self.key = model, name, limits, key
         self.streaming = model.options(stream=True)
         self.created = int(time.time())
-        self.open = 0
+        self.open, self.draining = 0, False
         folder = Path(__file__).parent / "web"
         self.page = {path: ((folder / file).read_bytes(), kind) for path, (file, kind) in PAGE.items()}
 
@@ -266,6 +319,14 @@ class Gateway:
 
     # ---- the work
 
+    async def drain(self, timeout_s: float) -> int:
+        """Refuses new requests and waits for those that are open. Returns how many still are."""
+        self.draining = True
+        end = time.monotonic() + timeout_s
+        while self.open and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return self.open
+
     async def _card(self) -> dict[str, Any]:
         state = await self.model.state.remote()
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "novella"}
@@ -302,6 +363,8 @@ class Gateway:
         request: CompletionRequest | ChatRequest = parse(kind, await self._body(http))
         if request.model != self.name:
             raise unknown_model(request.model, self.name)
+        if self.draining:
+            raise ApiError(503, "the server is stopping", code="unavailable")
         if self.open >= self.limits["max_requests"]:
             raise ApiError(503, f"{self.open} requests are open; try again later", code="overloaded")
         self.open += 1
@@ -363,7 +426,7 @@ class Gateway:
 @serve.deployment(
     max_ongoing_requests=OUT_OF_REACH,
     graceful_shutdown_wait_loop_s=0.5,
-    graceful_shutdown_timeout_s=20,
+    graceful_shutdown_timeout_s=DRAIN_S,
     health_check_period_s=5,
 )
 class LanguageModel:
@@ -382,7 +445,7 @@ class LanguageModel:
         torch.set_num_threads(settings["threads"])
         sys.setswitchinterval(0.001)  # the event loop waits this long at most for the engine's thread to yield
         self.settings = settings
-        model, tokenizer, folder = open_model(*(settings[k] for k in ("run", "which", "device", "dtype")))
+        model, tokenizer, folder = open_model(settings["run"], "best", settings["device"], settings["dtype"])
         options = {k: settings[k] for k in ("rows", "context", "chunk", "max_waiting")}
         self.engine = Engine(model, tokenizer, dedicated=True, **options)
         self.thread = EngineThread(self.engine)

@@ -17,6 +17,7 @@ import pytest
 
 from models.families import load
 from models.spec import ConfigError
+from pipelines.lib.config import InputError
 from serving.app import ServeConfig, build
 from serving.engine import Engine, SamplingParams
 from tests.serving.tiny import byte_level_tokenizer, gpt
@@ -357,6 +358,10 @@ def test_settings_come_as_text_or_values_and_wrong_ones_are_named(tmp_path):
         build({"run": "x", "rows": "many"})
     with pytest.raises(ConfigError, match="run is required"):
         build({})
+    with pytest.raises(InputError, match="no such folder"):
+        build({"run": str(tmp_path / "nothing")})
+    with pytest.raises(InputError, match="neither a run folder"):
+        build({"run": str(tmp_path)})
     (tmp_path / "key").write_text(" k \n")
     assert ServeConfig(run="x", api_key_file=str(tmp_path / "key")).key() == "k"
     with pytest.raises(ConfigError, match="nowhere"):
