@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
@@ -18,8 +18,9 @@ import pytest
 from models.families import load
 from models.spec import ConfigError
 from pipelines.lib.config import InputError
-from serving.app import ServeConfig, build
+from serving.app import LanguageModel, ServeConfig, build
 from serving.engine import Engine, SamplingParams
+from serving.protocol import ChatRequest, parse
 from tests.serving.tiny import byte_level_tokenizer, gpt
 
 KEY = "a secret"
@@ -368,5 +369,46 @@ def test_settings_come_as_text_or_values_and_wrong_ones_are_named(tmp_path):
         ServeConfig(run="x", api_key_file="nowhere").key()
 
 
-def test_a_thread_is_left_behind_by_nothing_here():
-    assert not any(t.name == "engine" for t in threading.enumerate())
+def test_without_a_chat_template_a_conversation_is_plain_text_that_ends_where_the_user_would_speak(tmp_path):
+    """The replica's class without Serve: prompt, stop strings, the space before the first word."""
+    folder = tmp_path / "plain"
+    gpt(seq_len=256).save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    args = {"device": "cpu", "dtype": "auto", "threads": 1, "rows": 2, "context": None, "chunk": 512, "max_waiting": 1}
+    settings = {"run": str(folder), "name": "plain", "max_sequences": 8, "max_tokens": 30, **args}
+    model = LanguageModel.func_or_class(settings)
+
+    async def ask(**fields):
+        messages = [{"role": "system", "content": "Purr."}, {"role": "user", "content": "the cat?"}]
+        job = parse(ChatRequest, json.dumps({"model": "plain", "messages": messages, **fields}).encode()).job()
+        return [message async for message in model.generate(job)]
+
+    engine = model.engine
+    try:
+        opened, told = asyncio.run(ask(temperature=0))
+        text = "Purr.\n\nUser: the cat?\nAssistant:"
+        alone = SamplingParams(temperature=0, max_tokens=30)
+        assert opened == {"prompt_tokens": len(engine.encode(text)), "choices": 1}
+        (wanted,) = Engine(load(folder), byte_level_tokenizer()).generate([text], alone)
+        assert told["deltas"][0]["text"] == wanted.lstrip() and told["deltas"][0]["tokens"] <= 30
+        (error,) = asyncio.run(ask(n=9))
+        assert (error["error"]["status"], error["error"]["param"]) == (400, "n")
+        (error,) = asyncio.run(ask(max_tokens=31))
+        assert error["error"]["status"] == 400 and "limit of 30" in error["error"]["message"]
+        (error,) = asyncio.run(ask(n=8))
+        assert error["error"]["status"] == 429
+
+        engine.step = lambda: (_ for _ in ()).throw(RuntimeError("a fault"))
+        opened, error = asyncio.run(ask())
+        assert error["error"]["status"] == 500 and "a fault" not in error["error"]["message"]
+        for _ in range(2):
+            asyncio.run(ask())
+        model.thread.join(5)
+        (error,) = asyncio.run(
+            ask()
+        )  # three faults in a row end the thread, and the health check asks for a new replica
+        assert error["error"]["status"] == 503
+        with pytest.raises(RuntimeError):
+            model.check_health()
+    finally:
+        model.thread.stop()

@@ -113,6 +113,25 @@ def test_a_trained_model_tells_the_story_that_is_known(data_dir):
     assert (start + rest).startswith(wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "make", [gpt, lambda: foreign("llama"), lambda: foreign("bloom")], ids=["gpt", "llama", "bloom"]
+)
+def test_a_gpu_gives_the_tokens_that_the_cpu_gives(make):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = make()
+    draws = SamplingParams(
+        temperature=0.9, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=3, max_tokens=20, logprobs=2
+    )
+    params = [GREEDY, draws, GREEDY, draws]
+    cpu = Engine(model, rows=3, chunk=5).complete(PROMPTS, params)
+    gpu = Engine(model.cuda(), rows=3, chunk=5, dedicated=True).complete(PROMPTS, params)
+    assert tokens_of(gpu) == tokens_of(cpu)
+    pairs = [(a, b) for x, y in zip(cpu, gpu, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True)]
+    assert max(abs(a.logprob - b.logprob) for a, b in pairs) < 1e-3
+
+
 def test_a_sampled_result_does_not_depend_on_what_else_is_batched(model):
     params = [SamplingParams(temperature=1.0, top_p=0.9, seed=i, max_tokens=15, ignore_eos=True) for i in range(4)]
     alone = [Engine(model, rows=1).complete([p], s)[0].tokens for p, s in zip(PROMPTS, params, strict=True)]
