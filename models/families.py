@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import AutoConfig
 
 from models.family import Family, FamilyConfig
 from models.gpt.config import GPT, GPTConfig
@@ -23,19 +24,22 @@ if TYPE_CHECKING:
 
 Family.kinds = {"gpt": GPT}
 
+CONFIGS: dict[type[Family], type[FamilyConfig]] = {GPT: GPTConfig}
+for _config in CONFIGS.values():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+
 
 @functools.cache
 def classes() -> dict[type[Family], tuple[type[FamilyConfig], type[LM]]]:
-    """family -> its config and model class. Registers them with AutoConfig and AutoModelForCausalLM."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """family -> its config and model class. Registers the models with AutoModelForCausalLM."""
+    from transformers import AutoModelForCausalLM
 
     from models.gpt.model import GPTForCausalLM
 
-    table: dict[type[Family], tuple[type[FamilyConfig], type[LM]]] = {GPT: (GPTConfig, GPTForCausalLM)}
-    for config_class, model_class in table.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    return table
+    table: dict[type[Family], type[LM]] = {GPT: GPTForCausalLM}
+    for family, model_class in table.items():
+        AutoModelForCausalLM.register(CONFIGS[family], model_class, exist_ok=True)
+    return {family: (CONFIGS[family], model_class) for family, model_class in table.items()}
 
 
 def preset(name: str) -> Family:

@@ -213,6 +213,12 @@ class LM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.head = mark(cast(nn.Linear, new_embeddings), weight="head")
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers': another vocabulary size, in weights, config and spec."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.spec = self.config.spec
+        return embedding
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes its own memory

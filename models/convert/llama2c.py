@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from models.gpt.config import GPT, GPTConfig
 from models.gpt.model import GPTForCausalLM
@@ -25,6 +27,7 @@ from models.parts.position import Rotary
 from models.spec import ConfigError
 
 BOS = 1
+SPACE = "\u2581"  # SentencePiece's visible space
 HEADER = struct.Struct("<7i")
 
 
@@ -118,6 +121,29 @@ class Pieces(NamedTuple):
         if at != len(data):
             raise ConfigError(f"{path} holds more than the model's {vocab_size} tokens")
         return cls(pieces, scores)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The same vocabulary as a Hugging Face tokenizer: BPE with byte fallback, start token added."""
+        text = [piece.decode("utf-8", "replace").replace(" ", SPACE) for piece in self.pieces]
+        text[:3] = ["<unk>", "<s>", "</s>"]
+        vocab = {piece: i for i, piece in reversed(list(enumerate(text)))}
+        pairs = [
+            (-self.scores[vocab[piece]], a, b)
+            for piece in vocab
+            if not (piece.startswith("<") and piece.endswith(">"))
+            for cut in range(1, len(piece))
+            if (a := piece[:cut]) in vocab and (b := piece[cut:]) in vocab
+        ]
+        model = models.BPE(vocab, [(a, b) for _, a, b in sorted(pairs)], unk_token="<unk>", byte_fallback=True)
+        backend = Tokenizer(model)
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(steps)
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, **special, model_input_names=["input_ids", "attention_mask"]
+        )
 
     def decode(self, ids: list[int]) -> bytes:
         """The text of ids, as llama2.c prints it: a space right after the start token is dropped."""

@@ -105,7 +105,8 @@ class PositionTable(nn.Module):
             raise ValueError(f"position {at.upto - 1} has no learned vector: this model's seq_len is {length}")
         if at.start is not None:
             return x + self.weight[at.start : at.start + x.shape[1]]
-        return x + F.embedding(at.pos.clamp(max=length - 1), self.weight)
+        pos = at.pos if at.n is None else at.pos.clamp(max=length - 1)  # only pads may lie beyond
+        return x + F.embedding(pos, self.weight)
 
 
 class Rotation:

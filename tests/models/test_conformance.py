@@ -49,6 +49,21 @@ def test_compiled_by_inductor_equals_eager(name):
     assert result.ok, result.detail
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_bfloat16_memory_errs_no_more_than_a_full_bfloat16_pass(name):
+    make = stirred(maker(VARIANTS[name]), 0.1)
+    ids = torch.randint(0, 31, (2, 20))
+    exact = make().double().eval()(ids).logits
+    half = make().to(torch.bfloat16).eval()
+    full = half(ids).logits
+    out = half(ids[:, :9], use_cache=True)
+    parts = [out.logits] + [half(ids[:, t : t + 1], past_key_values=out.past_key_values).logits for t in range(9, 20)]
+    error, budget = (torch.cat(parts, 1) - exact).abs().max(), 2 * (full - exact).abs().max() + 1e-5
+    assert error <= budget, f"error {error:.2e}, budget {budget:.2e}"
+
+
 def test_variants_hold_every_registered_part():
     blocks = [b for spec in VARIANTS.values() for b in spec.blocks()]
     for registry, field in ((Attention, "attention"), (MLP, "mlp"), (Norm, "norm"), (Position, "position")):

@@ -9,9 +9,17 @@ import struct
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from models.convert import LAYOUTS, gpt2, llama, llama2c, read, write
+from models.convert.__main__ import main
 from models.families import create, load, preset
 from models.parts.activation import GELU, ReLU, SquaredReLU
 from models.parts.attention import Causal
@@ -281,6 +289,59 @@ def test_llama2c_tokens_decode_and_encode(tmp_path):
     for size, words in ((len(pieces) + 1, "ends within token"), (len(pieces) - 1, "holds more than")):
         with pytest.raises(ConfigError, match=words):
             llama2c.Pieces.load(tmp_path / "tok.bin", size)
+
+
+def command(*args):
+    return main([str(a) for a in args])
+
+
+@torch.no_grad()
+def test_the_command_converts_folders_and_their_tokenizers_both_ways(tmp_path, capsys):
+    theirs = random_weights(THEIRS["llama"]()).float()
+    theirs.save_pretrained(tmp_path / "a")
+    (tmp_path / "a/tokenizer.json").write_text("{}")
+    assert command(tmp_path / "a", tmp_path / "b") == 0
+    assert command(tmp_path / "b", tmp_path / "c", "--to", "llama") == 0
+    assert "llama layout" in capsys.readouterr().out
+    ids = torch.randint(0, 61, (1, 5))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "c")(ids).logits, theirs(ids).logits)
+    assert (tmp_path / "c/tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("{}/none", "{}/x"), "neither a .bin file nor a folder with config.json"),
+        (("{}/ours", "{}/x", "--to", "lama"), "did you mean 'llama'"),
+        (("{}/ours", "{}/x", "--to", "gpt2"), "the gpt2 layout needs position=learned"),
+        (("{}/short.bin", "{}/x"), "a llama2.c header alone has 28"),
+    ],
+)
+def test_the_command_answers_bad_input_in_one_line(args, words, tmp_path, capsys):
+    create(TINY).save_pretrained(tmp_path / "ours")
+    (tmp_path / "short.bin").write_bytes(b"12")
+    capsys.readouterr()
+    assert command(*(a.format(tmp_path) for a in args)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+
+
+def test_the_stories_tokenizer_is_the_one_of_llama2c(data_dir, tmp_path):
+    """As a Hugging Face folder: equal ids on real text, and text that comes back."""
+    stories = data_dir / "stories260K"
+    assert command(stories / "stories260K.bin", tmp_path, "--tokens", stories / "tok512.bin") == 0
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    pieces = llama2c.Pieces.load(stories / "tok512.bin", 512)
+    lines = (data_dir / "tinystories/tinystories.txt").read_text(encoding="utf-8").splitlines()[:200]
+    for line in [*filter(str.strip, lines), "  two  spaces", "a é ☃"]:
+        ids = tokenizer(line).input_ids
+        assert ids == pieces.encode(line)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == line
+    model = load(tmp_path)
+    out = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(out[0], skip_special_tokens=True).startswith(
+        "Once upon a time, there was a little girl named"
+    )
 
 
 def test_the_trained_stories_model_reproduces_its_known_text(data_dir):

@@ -143,6 +143,12 @@ def test_a_learned_table_refuses_positions_beyond_it_and_takes_pads_anywhere():
     assert logits.isfinite().all()
 
 
+def test_positions_beyond_the_table_are_no_pads_and_fail():
+    model = model_of(position=preset("nanogpt_char").position)
+    with pytest.raises(IndexError):
+        model(ids_of(1, 2), position_ids=torch.tensor([[23, 24]]))
+
+
 def test_rotary_runs_beyond_the_trained_context():
     assert model_of()(ids_of(1, 40)).logits.isfinite().all()
 
@@ -286,7 +292,7 @@ def test_resizing_the_vocabulary_keeps_roles_ties_and_the_config():
     model = model_of()
     model.resize_token_embeddings(40, mean_resizing=False)
     assert model.head.weight.data_ptr() == model.embedding.weight.data_ptr()
-    assert model.config.spec.vocab_size == 40 and model(ids_of()).logits.shape[-1] == 40
+    assert model.spec.vocab_size == model.config.spec.vocab_size == 40 and model(ids_of()).logits.shape[-1] == 40
     assert "embedding.weight" in model.decay_parameters()
     assert model.config.spec.n_parameters() == sum(p.numel() for p in model.parameters())
 
