@@ -5,8 +5,8 @@
 
 The only file that imports mlflow, used in drivers only. The run folder is the truth and MLflow a copy of it:
 
-    metrics.jsonl    one row per step, written by the training loop       -> metrics, with the cursor `tracking/step`
-    system.jsonl     one row per sample of this machine, written here     -> metrics `system/...`, `tracking/sample`
+    metrics.jsonl    one row per step, written by the training loop       -> metrics, the cursor `system/logged_step`
+    system.jsonl     one row per sample of this machine, written here     -> metrics `system/...`, a cursor as well
     tracking.jsonl   the rest, in order: start, artifact, table, checkpoint, metrics, end; doing one twice does no harm
     mlflow.json      where the copy is: store, run id, bytes of tracking.jsonl done, logged models
 
@@ -43,7 +43,7 @@ from pipelines.lib.jsonl import append, row_at, rows
 
 EXPERIMENT = "novella"
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "databricks-uc")
-CURSORS = {"metrics.jsonl": "tracking/step", "system.jsonl": "tracking/sample"}
+CURSORS = {"metrics.jsonl": "system/logged_step", "system.jsonl": "system/logged_sample"}  # `system/`: own page
 METRICS_PER_BATCH = 1000  # MLflow's limits: metrics and params of a request, characters of a param, a digest, a tag
 PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
@@ -375,7 +375,8 @@ class Copy:
             same = client.search_runs([experiment], f"tags.`novella.key` = '{start['key']}'", max_results=1)
             run = same[0] if same else self._create(client, experiment, start)
         if run.info.run_id != self.state.get("run_id"):
-            self.state = {"experiment_id": run.info.experiment_id, "run_id": run.info.run_id, "done": 0, "models": {}}
+            self.state = {"experiment_id": run.info.experiment_id, "run_id": run.info.run_id, "done": 0}
+            self.state |= {"models": {}, "folders": {}}
             self._save()
         self.run_id = run.info.run_id
         self.at = {name: int(run.data.metrics.get(cursor, -1)) for name, cursor in CURSORS.items()}
@@ -539,6 +540,15 @@ class Copy:
         data = next((Dataset(*fields) for fields in self.state.get("datasets", [])), None)
         self._send_all(self._metrics(values, row.get("time_ms", note["time_ms"]), step, model, data))
         self.state["models"][str(step)] = model
+        self.state["folders"][str(step)] = note["path"]
+        self._drop_models()
+
+    def _drop_models(self) -> None:
+        """Take the models out of MLflow whose checkpoints the run's keep policy has deleted."""
+        for step, folder in list(self.state["folders"].items()):
+            if not (self.folder / folder).exists():
+                self.client.delete_logged_model(self.state["models"].pop(step))
+                del self.state["folders"][step]
 
     def _model(self, name: str, path: Path, step: int) -> str:
         """The id of the logged model of that name; made if MLflow has none. It is external: MLflow holds no weights."""
@@ -572,10 +582,7 @@ class Copy:
         for pointer in ("best", "last"):
             with contextlib.suppress(OSError):
                 self.client.set_tag(self.run_id, f"checkpoint.{pointer}", (self.folder / pointer).read_text().strip())
-        for model in self.state["models"].values():
-            tags = self.client.get_logged_model(model).tags
-            if not Path(tags["path"]).exists() and "deleted" not in tags:
-                self.client.set_logged_model_tags(model, {"deleted": "by the keep policy of the run"})
+        self._drop_models()
         self.client.set_terminated(self.run_id, note["status"], note["time_ms"])
 
     def _send_all(self, metrics: list[Any]) -> None:

@@ -291,7 +291,7 @@ def test_a_row_wider_than_a_batch_and_many_narrow_ones_arrive_whole(store, tmp_p
     metrics = store.get_run(tracker.run_id).data.metrics
     assert {k: metrics[k] for k in wide} == wide
     assert history(store, tracker.run_id) == expected(run / "metrics.jsonl")
-    assert metrics["tracking/step"] == 699
+    assert metrics["system/logged_step"] == 699
 
 
 # ---- params, inputs, artifacts, models
@@ -382,6 +382,21 @@ def test_checkpoints_are_models_of_the_run_with_its_figures_and_data_and_no_seco
     assert history(store, tracker.run_id, "val/nll") == expected(run / "metrics.jsonl", "val/nll")
     assert only_run(store).data.tags["checkpoint.best"] == "step_20"
     assert not list((tmp_path / "mlartifacts").rglob("*.p*kl*"))
+
+
+def test_a_checkpoint_that_the_keep_policy_deletes_leaves_mlflow_too(store, tmp_path):
+    run = tmp_path / "run"
+    with Tracker.start(run, "train", CONFIG, **FAST) as tracker:
+        for step in (1, 2, 3):
+            (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+            append(run / "metrics.jsonl", row(step))
+            tracker.checkpoint(run / "checkpoints" / f"step_{step}", step)
+            until(lambda step=step: str(step) in json.loads((run / "mlflow.json").read_text())["models"])
+            if step == 2:
+                (run / "checkpoints" / "step_1").rmdir()
+        (run / "checkpoints" / "step_2").rmdir()
+    found = only_run(store)
+    assert [m.name for m in store.search_logged_models([found.info.experiment_id])] == ["step_3"]
 
 
 def test_evaluation_results_join_the_finished_run_and_its_model(store, tmp_path):
@@ -488,7 +503,7 @@ def test_a_dead_server_does_not_stop_a_run_and_is_caught_up_later(
     with server as client:
         until(lambda: tracker.run_id and not tracker.trouble)
         append(run / "metrics.jsonl", row(1))
-        until(lambda: client.get_run(tracker.run_id).data.metrics["tracking/step"] == 1)
+        until(lambda: client.get_run(tracker.run_id).data.metrics["system/logged_step"] == 1)
     for step in range(2, 50):
         append(run / "metrics.jsonl", row(step))
     (run / "checkpoints" / "step_49").mkdir(parents=True)
