@@ -121,7 +121,7 @@ class Head:
 
     def submit(self, *words, wait=True):
         command = [RAY, "job", "submit", *(() if wait else ("--no-wait",)), "--working-dir", ".", "--", *words]
-        return subprocess.run(command, cwd=REPO, env=self.client, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=REPO, env=self.client, capture_output=True, text=True, timeout=240)
 
     def listening(self):
         """Addresses that the head's processes listen on."""
@@ -131,7 +131,7 @@ class Head:
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
+            self.process.wait(8)
         for process in psutil.process_iter():  # Ray's processes stand in the session that this head began
             if belongs(process, self.process.pid):
                 process.kill()
@@ -198,7 +198,7 @@ def test_a_stage_keeps_its_own_sigterm_handler_when_ray_starts():
         "from pipelines.lib.cluster import ensure_ray; ensure_ray(num_cpus=1)\n"
         "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1); assert len(got) == 1; print('saved')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=240)
     assert done.stdout.endswith("saved\n"), done.stderr
 
 

@@ -97,7 +97,7 @@ def test_a_driver_killed_again_and_again_logs_every_step_exactly_once(store, tmp
     writer = threading.Thread(target=write)
     writer.start()
     kills = 0
-    for attempt in range(12):
+    for attempt in range(10):
         started = processes.Event()
         driver = processes.Process(target=drive, args=(dict(os.environ), run, started))
         driver.start()
@@ -110,7 +110,7 @@ def test_a_driver_killed_again_and_again_logs_every_step_exactly_once(store, tmp
     stop.set()
     writer.join()
     run_id = tracking.sync(run)
-    assert kills == 12
+    assert kills == 10
     found = only_run(store)
     assert found.info.run_id == run_id and found.info.status == "KILLED"
     for key in ("train/loss", "train/lr", "val/nll"):
