@@ -64,8 +64,6 @@ log = logging.getLogger("ray.serve")
 
 API_KEY = "NOVELLA_API_KEY"
 EVENTS_PER_S = 500  # of all streams together: each costs 0.6 ms of CPU on its way through Ray Serve
-    1000  # of all streams together. Ray Serve was seen to carry about 3,700, which leaves no core for the model
-)
 OUT_OF_REACH = 100_000
 HUNG_UP = (ClientDisconnect, TaskCancelledError, RequestCancelledError)
 DRAIN_S = 20.0  # requests that are open when the server is told to stop have this long to end
