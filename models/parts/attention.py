@@ -144,6 +144,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, dropout: float = 0.0) ->
         # One query per head: the heads that share a key head become its queries, so that no key is repeated.
         y = F.scaled_dot_product_attention(q.view(B, K, H // K, h), k, v, seen.mask, dropout)
         return y.view(B, H, 1, h)
+    if seen.mask is not None and K != H and q.is_cuda:
+        # CUDA's fused forms take a mask or shared key heads, not both; repeating keys costs less than the unfused form.
+        k, v, K = repeat_heads(k, H), repeat_heads(v, H), H
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= 256 and torch.is_grad_enabled():
         # The fused backward for bfloat16 on CPU took 5.9 ms where float32 took 1.2 (B=12, H=4, T=64, h=32); at T=512
         # they are even. Autocast would cast back, so it is off for this one call.
@@ -159,6 +162,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, dropout: float = 0.0) ->
             )
             return y.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, seen.mask, dropout, is_causal=seen.causal, enable_gqa=K != H)
+
+
+def repeat_heads(x: Tensor, H: int) -> Tensor:
+    """[B, K, S, h] -> [B, H, S, h]: each key head once for every query head that shares it."""
+    return x.repeat_interleave(H // x.shape[1], 1)
 
 
 class CausalAttention(nn.Module):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -327,13 +325,3 @@ def test_distributed_data_parallel_finds_every_gradient(tmp_path):
             ddp(ids_of(), labels=ids_of()).loss.backward()
     finally:
         dist.destroy_process_group()
-
-
-def test_models_import_without_ray_mlflow_and_datasets():
-    code = """import sys, pkgutil, importlib
-sys.modules.update(ray=None, mlflow=None, datasets=None)
-import models
-for m in pkgutil.walk_packages(models.__path__, "models."):
-    importlib.import_module(m.name)
-import models.families, models.convert, models.check, models.foreign"""
-    subprocess.run([sys.executable, "-c", code], check=True)

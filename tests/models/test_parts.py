@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from models.gpt.config import GPT
 from models.memory import At
 from models.parts.activation import Activation
-from models.parts.attention import Causal, Seen, attend, what_is_seen
+from models.parts.attention import Causal, Seen, attend, repeat_heads, what_is_seen
 from models.parts.block import BlockSpec
 from models.parts.mlp import Plain, SwiGLU
 from models.parts.norm import LayerNorm, RMSNorm
@@ -66,6 +66,12 @@ def test_one_token_over_memory_equals_loops_in_float64(window):
     at = At(torch.tensor(ends)[:, None], rows=torch.tensor([1, 0]), upto=S)
     want = attention_by_loops(q, k, v, lambda b, t, s: s <= ends[b] and (window is None or s > ends[b] - window))
     torch.testing.assert_close(attend(q, k, v, what_is_seen(at, 1, True, window)), want, rtol=1e-12, atol=1e-12)
+
+
+def test_repeated_key_heads_are_those_that_grouped_queries_share():
+    q, k, v = (torch.randn(2, n, 5, 4, dtype=torch.float64) for n in (6, 2, 2))
+    seen = Seen(torch.rand(2, 1, 5, 5) > 0.3, False)
+    torch.testing.assert_close(attend(q, repeat_heads(k, 6), repeat_heads(v, 6), seen), attend(q, k, v, seen))
 
 
 def test_training_and_unpadded_decoding_build_no_mask():
