@@ -386,7 +386,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         "code = main(sys.argv[1:]); print('PEAK', peak_memory_mb()); sys.exit(code)"
     )
     peaks = []
-    for scale in (1, 30):
+    for scale in (1, 12):
         path = tmp_path / f"{scale}.txt"
         path.write_text("\n".join(texts(200)) * 15 * scale)
         words = [f"source={path}", "tokenizer=bytes", "split=tail", "shard_mb=1", "workers=0", "track=none"]
@@ -398,5 +398,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             check=True,
         )
         peaks.append(float(done.stdout.split("PEAK")[1]))
-    grown = ((tmp_path / "30.txt").stat().st_size - (tmp_path / "1.txt").stat().st_size) / 2**20
-    assert grown > 50 and peaks[1] < peaks[0] + 30, peaks  # what the allocator keeps varies by some megabytes
+    grown = ((tmp_path / "12.txt").stat().st_size - (tmp_path / "1.txt").stat().st_size) / 2**20
+    assert grown > 20 and peaks[1] < peaks[0] + 15, peaks  # what the allocator keeps varies by some megabytes
