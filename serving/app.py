@@ -35,7 +35,7 @@ from starlette.requests import ClientDisconnect
 from models.spec import ConfigError
 from models.spec import build as build_config
 from pipelines.lib.cluster import ensure_ray
-from pipelines.lib.config import InputError, scalar
+from pipelines.lib.config import InputError, describe, scalar
 from pipelines.lib.run import resolve
 from serving.protocol import (
     DONE,
@@ -683,3 +683,15 @@ class Stream:
             top=top,
             offset=offset,
         )
+
+
+def main() -> int:
+    """`python -m serving.app` shows what `build` takes."""
+    print(__doc__)
+    print("settings and defaults:")
+    print("\n".join(describe(ServeConfig)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
