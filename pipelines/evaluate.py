@@ -40,7 +40,7 @@ from pipelines.lib.texts import Text, open_data, open_text, open_tokenizer
 FORMAT_VERSION = 1
 LOGITS_PER_BATCH = {"cpu": 1 << 25, "other": 1 << 29}  # elements of [batch, context, vocabulary]
 TOKENS_PER_BATCH = {"cpu": 1 << 12, "other": 1 << 16}
-LONGEST_CONTEXT = 2048  # of a model that states none
+LONGEST_CONTEXT = 2048  # of a model that states none, and of windows where a model states very many
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class EvaluateConfig:
     text_mb: stop reading the text after so many megabytes (2^20 bytes)
     data: folder of token shards to score, as training reads them
     split: which split of data
+    data_tokens: score only the first so many tokens of it
     tasks: tasks of lm-eval by name (commas between), YAML files, or folders of them
     include_path: folder of task YAMLs that tasks may name
     limit: documents per task (below 1: a share); null: all
@@ -78,6 +79,7 @@ class EvaluateConfig:
     text_mb: float | None = None
     data: str | None = None
     split: str = "val"
+    data_tokens: int | None = None
     tasks: tuple[str, ...] = ()
     include_path: tuple[str, ...] = ()
     limit: float | None = None
@@ -97,7 +99,7 @@ class EvaluateConfig:
     track: Literal["mlflow", "none"] = "mlflow"
 
     def __post_init__(self) -> None:
-        for name in ("context", "stride", "batch_size", "threads", "text_mb", "limit"):
+        for name in ("context", "stride", "batch_size", "threads", "text_mb", "data_tokens", "limit"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive; leave it out for the default")
         if self.limit is not None and self.limit > 1 and not self.limit.is_integer():
@@ -109,7 +111,8 @@ class EvaluateConfig:
 
 # What decides the figures: two evaluations that agree in these (and in weights, text and tasks) measure the same.
 MEASURING = (
-    "text text_mb data split tasks limit num_fewshot bootstrap samples context stride baselines dtype seed".split()
+    *"text text_mb data split data_tokens tasks limit num_fewshot".split(),
+    *"bootstrap samples context stride baselines dtype seed".split(),
 )
 
 
@@ -175,6 +178,17 @@ def context_of(model: Any, config: EvaluateConfig) -> int:
     return config.context or own or LONGEST_CONTEXT
 
 
+def window_of(model: Any, config: EvaluateConfig) -> int:
+    """Tokens a window over text reads: the context; of other people's models at most LONGEST_CONTEXT unless told.
+
+    They state contexts of 100,000 tokens and more, over which a window costs minutes and logits fill the memory.
+    """
+    from models.lm import LM
+
+    own = context_of(model, config)
+    return own if config.context or isinstance(model, LM) else min(own, LONGEST_CONTEXT)
+
+
 def stride_of(context: int, config: EvaluateConfig) -> int:
     stride = config.stride or max(1, context // 2)
     if stride > context:
@@ -209,7 +223,7 @@ def measure_text(model: Any, text: Text, config: EvaluateConfig) -> dict[str, An
     from pipelines.lib.progress import Progress
     from pipelines.lib.scoring import Tally, compression_baselines, score
 
-    context = context_of(model, config)
+    context = window_of(model, config)
     stride, rows = stride_of(context, config), batch_of(model, context, config)
     embedding = model.get_input_embeddings().weight.shape[0]
     if text.stream is None and (largest := int(max(s.max() for s in text.sequences))) >= embedding:
@@ -244,7 +258,7 @@ def measure_tasks(
         open_tokenizer(subject.folder),
         found,
         max_length=context,
-        batch_size=batch_of(model, context, config),
+        batch_size=batch_of(model, min(context, LONGEST_CONTEXT), config),
         limit=config.limit,
         num_fewshot=config.num_fewshot,
         bootstrap=config.bootstrap,
@@ -271,7 +285,11 @@ def run(config: EvaluateConfig) -> int:
     if config.text is not None:
         texts.append(open_text(config.text, subject.folder, config.text_mb))
     if config.data is not None or (config.text is None and not words):
-        texts.append(open_data(storage_path(config.data or trained_on(subject)), config.split, subject.folder))
+        texts.append(
+            open_data(
+                storage_path(config.data or trained_on(subject)), config.split, subject.folder, config.data_tokens
+            )
+        )
         if len({text.name for text in texts}) < len(texts):
             texts[0].name += "_text"
     found = None

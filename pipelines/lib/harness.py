@@ -27,6 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from pipelines.lib.config import InputError
+from pipelines.lib.jobs import storage_path
 from pipelines.lib.progress import Progress
 from pipelines.lib.scoring import ratio_error
 
@@ -54,6 +55,8 @@ def find_tasks(words: Sequence[str], include: Sequence[Path] = ()) -> Tasks:
     names: list[str] = []
     for word in words:
         path = Path(word).expanduser()
+        if not path.exists() and ("/" in word or path.suffix in (".yaml", ".yml")):
+            path = storage_path(word)  # in a job: not in the uploaded folder, so beside the data
         if "/" in word and not path.exists():
             raise InputError(f"tasks={word}: no such file or folder")
         if path.is_dir() and ("/" in word or any(path.glob("**/*.yaml"))):  # else a task whose name a folder has too
@@ -149,6 +152,7 @@ class Harness(HFLM):
     def __init__(self, model: Any, tokenizer: Any, max_length: int, batch_size: int) -> None:
         self.cut = 0  # requests that lost their beginning
         self.rolling: Progress | None = None
+        self.n_ids = model.get_input_embeddings().weight.shape[0]
         if tokenizer.pad_token is None and tokenizer.eos_token is None and tokenizer.unk_token is None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # else a new id, beyond the model's, is added
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
@@ -167,7 +171,12 @@ class Harness(HFLM):
         if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             add_special_tokens = False  # so that lm-eval does not look for the prefix that is not there
         try:
-            return super().tok_encode(string, add_special_tokens, **kwargs)
+            ids = super().tok_encode(string, add_special_tokens, **kwargs)
+            if ids and max(ids) >= self.n_ids:
+                raise InputError(
+                    f"the tokenizer gives id {max(ids)}, but the model has {self.n_ids}; it is not its own"
+                )
+            return ids
         except InputError:
             raise
         except Exception as error:  # a bare Exception, by the tokenizers library's design

@@ -76,6 +76,7 @@ def token_nll(model: Any, ids: Any, targets: Any) -> Any:
     else:
         last = int(keep.any(0).nonzero()[0])  # logits before the first scored target are spared
         out = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - last).logits
+        out = out[:, last - ids.shape[1] :]  # where a model does not know that option
         logits, parts = (out[keep[:, last:]],), (wanted,)
     nll = []
     for part, target in zip(logits, parts, strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.spec import plain
+from models.spec import kind_of, plain
 from pipelines.lib.config import InputError
 from pipelines.lib.corpus import Source
 
@@ -29,14 +30,19 @@ BASELINE_BYTES = 16 << 20  # of a text, that gzip and xz are measured on; xz tak
 class Stream:
     """A split of a token folder as one sequence."""
 
-    def __init__(self, tokens: Tokens):
-        self.tokens = tokens
+    def __init__(self, tokens: Tokens, first: int | None = None):
+        self.tokens, self.n = tokens, min(tokens.n_tokens, first or tokens.n_tokens)
 
     def __len__(self) -> int:
-        return self.tokens.n_tokens
+        return self.n
 
     def __getitem__(self, part: slice) -> np.ndarray:
         return self.tokens.window(part.start, part.stop - part.start)
+
+    def blocks(self, size: int = 1 << 20) -> Iterator[np.ndarray]:
+        """All of it in order, `size` tokens at a time."""
+        for start in range(0, self.n, size):
+            yield self[start : min(start + size, self.n)]
 
 
 @dataclass
@@ -153,11 +159,7 @@ def open_text(setting: str | Source, model: Path, text_mb: float | None = None) 
         raise InputError(f"text={shown}: the tokenizer gives ids outside its own vocabulary of {len(table)}")
     in_tokens = int(sum(table[p].sum() for s in pieces for p in (s if prefix is None else s[1:])))
     first = 0 if prefix is not None else int(sum(table[s[0]] for s in sequences))
-    if abs(in_tokens - total) > 0.005 * total + len(sequences):
-        print(
-            f"warning: the tokens of this text stand for {in_tokens:,} bytes of its {total:,}: the tokenizer rewrites "
-            "text or has no tokens for some of it, so its bits per byte flatter the model"
-        )
+    flattery(in_tokens, total, len(sequences))
     notes = {
         "source": plain(setting),
         "documents": len(sequences),
@@ -170,9 +172,8 @@ def open_text(setting: str | Source, model: Path, text_mb: float | None = None) 
     }
     ids = np.concatenate(head_ids)
     digest.update(b"" if prefix is None else str(prefix).encode())
-    name = Path(setting).stem if isinstance(setting, str) else str(getattr(setting, "name", type(setting).__name__))
     return Text(
-        name.replace("/", "_").lower() or "text",
+        short_name(origin),
         sequences,
         table,
         total - first,
@@ -183,14 +184,27 @@ def open_text(setting: str | Source, model: Path, text_mb: float | None = None) 
     )
 
 
-def open_data(path: str | Path, split: str, model: Path) -> Text:
-    """A split of a token folder, as training sees it. Raises InputError; also if its tokenizer is not the model's."""
+def short_name(origin: Source) -> str:
+    """A source's name in tables, metrics and folders: a file's or folder's stem, a data set's name, or its kind."""
+    from glob import has_magic
+
+    parts = [p for p in Path(getattr(origin, "path", getattr(origin, "name", ""))).parts if not has_magic(p)]
+    name = parts[-1].partition(".")[0] if parts else kind_of(origin)
+    return re.sub(r"[^\w-]+", "_", name).lower() or "text"
+
+
+def open_data(path: str | Path, split: str, model: Path, first: int | None = None) -> Text:
+    """A split of a token folder, as training sees it; its `first` tokens only, if given.
+
+    Raises InputError for a folder or split that is not there, or was made with another tokenizer than the model's.
+    """
     from pipelines.lib.shards import TokenFolder, file_sha256
 
     folder = TokenFolder.open(path)
     tokens = folder.split(split)
-    if tokens.n_tokens < 2:
-        raise InputError(f"{folder.path}: split {split!r} has {tokens.n_tokens} token; at least 2 are needed")
+    stream = Stream(tokens, first)
+    if len(stream) < 2:
+        raise InputError(f"{folder.path}: split {split!r} has {len(stream)} token to score; at least 2 are needed")
     theirs = folder.tokenizer_dir / "tokenizer.json" if folder.tokenizer_dir else None
     ours = model / "tokenizer.json"
     if theirs and theirs.is_file() and ours.is_file() and file_sha256(theirs) != file_sha256(ours):
@@ -202,7 +216,10 @@ def open_data(path: str | Path, split: str, model: Path) -> Text:
     table = np.zeros(folder.vocab_size, np.int64) if known is None else np.asarray(known, np.int64)
     n_bytes = None
     if known is not None:
-        n_bytes = sum(int(table[w].sum()) for w in _blocks(tokens)) - int(table[tokens.window(0, 1)[0]])
+        in_tokens = sum(int(table[block].sum()) for block in stream.blocks())
+        n_bytes = in_tokens - int(table[stream[0:1]].sum())
+        if tokens.n_bytes and len(stream) == tokens.n_tokens:
+            flattery(in_tokens, tokens.n_bytes, tokens.n_documents)
     notes = {
         "source": str(folder.path),
         "split": split,
@@ -211,28 +228,31 @@ def open_data(path: str | Path, split: str, model: Path) -> Text:
         "begins_with": None,
         "ends_of_documents": "scored, as in training",
     }
-    head, head_ids = _decoded(folder, tokens)
-    return Text(split, [Stream(tokens)], table, n_bytes, head, head_ids, folder.fingerprint, notes, stream=tokens)
+    head, head_ids = _decoded(folder, stream, table)
+    return Text(split, [stream], table, n_bytes, head, head_ids, folder.fingerprint, notes, stream=tokens)
 
 
-def _blocks(tokens: Tokens, size: int = 1 << 20) -> Iterator[np.ndarray]:
-    for start in range(0, tokens.n_tokens, size):
-        yield tokens.window(start, min(size, tokens.n_tokens - start))
+def flattery(in_tokens: int, n_bytes: int, documents: int) -> None:
+    """Say so if tokens stand for another number of bytes than their text has (one a document is a dummy space)."""
+    if abs(in_tokens - n_bytes) > 0.005 * n_bytes + documents:
+        print(
+            f"warning: the tokens of this text stand for {in_tokens:,} bytes of its {n_bytes:,}: the tokenizer alters "
+            "text or has no tokens for some of it, so bits per byte are no fair measure of the model"
+        )
 
 
-def _decoded(folder: TokenFolder, tokens: Tokens) -> tuple[bytes, np.ndarray | None]:
+def _decoded(folder: TokenFolder, stream: Stream, table: np.ndarray) -> tuple[bytes, np.ndarray | None]:
     """The text of a split and its tokens, without ends of documents, as much of it as the baselines take."""
-    known = folder.token_bytes()
-    if folder.tokenizer_dir is None or known is None:
+    if folder.tokenizer_dir is None or not table.any():
         return b"", None
     from pipelines.lib.vocab import load_tokenizer
 
-    tokenizer = load_tokenizer(folder.tokenizer_dir)
-    text, ids = bytearray(), []
-    for block in _blocks(tokens, 1 << 16):
-        kept = block[np.asarray(known)[block] > 0].astype(np.uint32)
-        text += str(tokenizer.decode(kept.tolist(), clean_up_tokenization_spaces=False)).encode()
-        ids.append(kept)
-        if len(text) >= BASELINE_BYTES:
+    parts, size = [], 0
+    for block in stream.blocks(1 << 16):
+        parts.append(block[table[block] > 0].astype(np.uint32))
+        size += int(table[block].sum())
+        if size >= BASELINE_BYTES:
             break
-    return bytes(text), np.concatenate(ids)
+    ids = np.concatenate(parts)
+    text = load_tokenizer(folder.tokenizer_dir).decode(ids.tolist(), clean_up_tokenization_spaces=False)
+    return str(text).encode(), ids

@@ -124,6 +124,13 @@ def test_without_a_token_to_begin_with_the_first_one_is_not_scored_and_its_bytes
     assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / row["bytes"], rel=1e-6)
 
 
+def test_text_mb_stops_within_a_document_at_a_whole_character(model, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("é" * 1000, encoding="utf-8")
+    row = evaluate(model, f"text={path}", f"text_mb={101 / 2**20}", out=tmp_path / "out")["text"]["t"]
+    assert (row["bytes"], row["tokens"]) == (100, 100)
+
+
 @pytest.mark.parametrize("n, length, stride", [(2, 1, 1), (50, 7, 3), (50, 7, 7), (8, 7, 2), (9, 7, 1), (1000, 64, 32)])
 def test_windows_score_every_token_once_with_the_promised_context(n, length, stride):
     scored = []
@@ -321,6 +328,8 @@ def test_a_run_s_validation_repeats_training_s_figure_and_goes_to_its_mlflow_run
     capsys.readouterr()
     assert main([str(run), "stride=32", "which=last", "device=cpu"]) == 0
     assert "has these figures since" in capsys.readouterr().out and path.stat().st_mtime_ns == before
+    assert main([str(run), "data_tokens=100", f"out={tmp_path / 'part'}", "device=cpu", "track=none"]) == 0
+    assert json.loads((tmp_path / "part" / "results.json").read_text())["text"]["val"]["tokens"] == 99
     older = run / "checkpoints" / "step_3"
     assert main([str(older), "stride=32", f"out={path.parent}", "device=cpu", "track=none"]) == 2
     assert "measured otherwise" in capsys.readouterr().err
