@@ -2,6 +2,7 @@
 # A machine needs Python >= 3.11 (with venv), make and a network.
 #   make demo    text -> tokens -> training -> samples -> endpoint, in a few minutes on a laptop
 #   make test    lint, types, import rule and the tests that CI runs
+#   make lint    lint, types and import rule alone; make unit the tests alone; make slow the long tests
 #   make ui      the MLflow page on http://127.0.0.1:5000
 #   make head    a local Ray head for `ray job submit`, in the foreground
 # Settings: PYTHON=python3.12 (used to make .venv), PIP_FLAGS=... (handed to pip install), PORT=5000 (make ui)

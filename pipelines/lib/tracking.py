@@ -815,8 +815,9 @@ def ui(host: str, port: int) -> None:
                 f"{host}:{port} cannot be used ({error.strerror}); another one: --port {port + 1}"
             ) from None
     make_store(uri)
-    print(f"MLflow on http://{host}:{port} (end it with Ctrl-C), runs in {public(uri)}", flush=True)
+    print(f"MLflow starts on http://{host}:{port} (end it with Ctrl-C), runs in {public(uri)}", flush=True)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # seven processes for judges of chat traces
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
     if database := sqlite_file(uri):  # not the folder where the server happens to start
         command += ["--artifacts-destination", str(database.parent / "mlartifacts")]
