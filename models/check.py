@@ -307,7 +307,7 @@ def learns_by_heart(make: Make, steps: int = 60) -> Verdict:
     """One batch is learned by heart: the loss falls below a tenth within 60 steps of Adam."""
     model = make().train()
     ids = tokens(model, 2, context(model, 8))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(model.parameters(), lr=min(0.02, 0.64 / model.spec.d_model))
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
