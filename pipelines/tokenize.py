@@ -528,9 +528,13 @@ def _work(
     from pipelines.lib.cluster import ensure_ray
     from pipelines.lib.progress import Progress
 
-    workers = min(usable_cpus() if config.workers is None else config.workers, max(len(pending), 1))
+    workers = usable_cpus() if config.workers is None else config.workers
     if workers and pending:
         ensure_ray(num_cpus=max(2, workers))
+        import ray
+
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        workers = min(cpus if config.workers is None else workers, len(pending))
     sizes = [sum(s.size for s in unit) for unit in job.units]
     started = time.perf_counter()
     tokens = documents = text = done = 0
