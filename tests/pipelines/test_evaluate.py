@@ -367,6 +367,7 @@ BAD = [
     (["{bare}", "text={tmp}/one.txt"], "text and tasks need the model's tokenizer"),
     (["{bare}", "tasks={tmp}/tasks"], "text and tasks need the model's tokenizer"),
     (["{cut}", "text={tmp}/one.txt"], "not a model that can be opened"),
+    (["{part}", "text={tmp}/one.txt"], "hold no weights for blocks.0.mlp"),
     (["{small}", "text={tmp}/one.txt"], "it is not this model's"),
     (["{nan}", "text={tmp}/one.txt"], "no finite likelihood"),
     (["{model}", "text={tmp}/one.txt", "context=25"], "context=25 is longer than the 24 tokens"),
@@ -388,16 +389,21 @@ def places(model, llama, tmp_path_factory):
     """Folders and files with something wrong, by the names that BAD uses."""
     import shutil
 
+    from safetensors.torch import load_file, save_file
+
     tmp = tmp_path_factory.mktemp("bad")
     found = {"tmp": tmp / "t", "model": model, "llama": llama}
     (tmp / "t").mkdir()
-    for name in ("bare", "cut", "small", "nan"):
+    for name in ("bare", "cut", "part", "small", "nan"):
         found[name] = tmp / name
         shutil.copytree(model, tmp / name)
     for path in tmp.glob("bare/tokenizer*"):
         path.unlink()
     weights = (tmp / "cut" / "model.safetensors").read_bytes()
     (tmp / "cut" / "model.safetensors").write_bytes(weights[:5000])
+    tensors = load_file(tmp / "part" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.0.mlp")}
+    save_file(kept, tmp / "part" / "model.safetensors", metadata={"format": "pt"})
     save_model(tmp / "small", 100)
     broken = load(model)
     with torch.no_grad():
