@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,10 +132,6 @@ class Subject:
     @property
     def name(self) -> str:
         return self.folder.name
-
-    @property
-    def shown(self) -> str:
-        return f"{self.run} {self.name}" if self.run else str(self.folder)
 
 
 def open_subject(config: EvaluateConfig) -> Subject:
@@ -285,11 +282,8 @@ def run(config: EvaluateConfig) -> int:
     if config.text is not None:
         texts.append(open_text(config.text, subject.folder, config.text_mb))
     if config.data is not None or (config.text is None and not words):
-        texts.append(
-            open_data(
-                storage_path(config.data or trained_on(subject)), config.split, subject.folder, config.data_tokens
-            )
-        )
+        data = storage_path(config.data or trained_on(subject))
+        texts.append(open_data(data, config.split, subject.folder, config.data_tokens))
         if len({text.name for text in texts}) < len(texts):
             texts[0].name += "_text"
     found = None
@@ -312,11 +306,7 @@ def run(config: EvaluateConfig) -> int:
         show(old)
         print(f"{out / 'results.json'} has these figures since {old['date']}; overwrite=true measures them again")
         return 0
-    try:
-        results = measure(config, subject, texts, found, out) | {"fingerprint": fingerprint}
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    results = measure(config, subject, texts, found, out) | {"fingerprint": fingerprint}
     write(out / "results.json", results)
     show(results)
     track(config, subject, results, out)
@@ -521,8 +511,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["check"]:
         # A bare word is the model, even one that ends in .yaml, which elsewhere is a recipe for the command itself.
         named = [f"model={w}" if "=" not in w and not w.startswith("-") else w for w in words[1:2]]
-        return command(CheckConfig, run_check, [*named, *words[2:]], positional="model")
-    return command(EvaluateConfig, run, words, positional="run")
+        stage = partial(command, CheckConfig, run_check, [*named, *words[2:]], positional="model")
+    else:
+        stage = partial(command, EvaluateConfig, run, words, positional="run")
+    try:
+        return stage()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -27,13 +27,18 @@ def open_folder(folder: Path, dtype: str = "auto") -> Any:
     logging.set_verbosity_error()  # its report of missing weights is a table; ours is a line
     options = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype), "local_files_only": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except Exception as error:  # transformers, safetensors, json and torch each have their own
         said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise InputError(f"{folder}: not a model that can be opened ({said[:300]})") from error
     finally:
         logging.set_verbosity(verbosity)
     model, info = loaded
+    if wrong := sorted(info["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        raise InputError(f"{folder}: {name} has shape {list(found)}, but config.json asks for {list(expected)}")
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{folder}: its files hold no weights for {missing[0]}{more}, so this is not the whole model")

@@ -368,6 +368,7 @@ BAD = [
     (["{bare}", "tasks={tmp}/tasks"], "text and tasks need the model's tokenizer"),
     (["{cut}", "text={tmp}/one.txt"], "not a model that can be opened"),
     (["{part}", "text={tmp}/one.txt"], "hold no weights for blocks.0.mlp"),
+    (["{other}", "text={tmp}/one.txt"], "config.json asks for [300, 32]"),
     (["{small}", "text={tmp}/one.txt"], "it is not this model's"),
     (["{nan}", "text={tmp}/one.txt"], "no finite likelihood"),
     (["{model}", "text={tmp}/one.txt", "context=25"], "context=25 is longer than the 24 tokens"),
@@ -394,7 +395,7 @@ def places(model, llama, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("bad")
     found = {"tmp": tmp / "t", "model": model, "llama": llama}
     (tmp / "t").mkdir()
-    for name in ("bare", "cut", "part", "small", "nan"):
+    for name in ("bare", "cut", "part", "other", "small", "nan"):
         found[name] = tmp / name
         shutil.copytree(model, tmp / name)
     for path in tmp.glob("bare/tokenizer*"):
@@ -404,6 +405,8 @@ def places(model, llama, tmp_path_factory):
     tensors = load_file(tmp / "part" / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.0.mlp")}
     save_file(kept, tmp / "part" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp / "other" / "config.json").read_text())
+    (tmp / "other" / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     save_model(tmp / "small", 100)
     broken = load(model)
     with torch.no_grad():
