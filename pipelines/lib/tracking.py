@@ -694,7 +694,8 @@ def flat_params(config: Mapping[str, Any], at: str = "") -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for key, value in config.items():
-        name = f"{at}{key}"
+        # A part's kind stands where an override sets it: `model.norm` is "rmsnorm", `model.norm.eps` its option.
+        name = at.removesuffix(".") if key == "kind" and at and isinstance(value, str) else f"{at}{key}"
         if isinstance(value, Mapping) and value:
             found |= flat_params(value, f"{name}.")
             continue

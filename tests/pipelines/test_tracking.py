@@ -310,7 +310,7 @@ def test_params_are_flat_names_and_no_value_is_cut_silently(store, tmp_path):
     with Tracker.start(tmp_path / "run", "train", config, **FAST) as tracker:
         pass
     params = store.get_run(tracker.run_id).data.params
-    assert params["model.norm.kind"] == "rmsnorm" and params["model.norm.eps"] == "1e-06"
+    assert params["model.norm"] == "rmsnorm" and params["model.norm.eps"] == "1e-06"
     assert params["optim.lr"] == "0.001" and params["sizes"] == "[1, 2]" and params["none"] == "null"
     assert params["empty"] == '""' and params["many.k249"] == "249"
     assert params["long"].startswith("sha256 ") and "7000 characters" in params["long"]
