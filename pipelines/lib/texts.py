@@ -198,10 +198,13 @@ def open_data(path: str | Path, split: str, model: Path, first: int | None = Non
 
     Raises InputError for a folder or split that is not there, or was made with another tokenizer than the model's.
     """
-    from pipelines.lib.shards import TokenFolder, file_sha256
+    from pipelines.lib.shards import MANIFEST, TokenFolder, check_file, file_sha256
 
     folder = TokenFolder.open(path)
     tokens = folder.split(split)
+    if (folder.path / MANIFEST).is_file():
+        for entry in folder.manifest["splits"][split]["shards"]:  # the other splits may be large, and do not matter
+            check_file(folder.path, entry, "sha256")
     stream = Stream(tokens, first)
     if len(stream) < 2:
         raise InputError(f"{folder.path}: split {split!r} has {len(stream)} token to score; at least 2 are needed")

@@ -337,6 +337,14 @@ def test_a_run_s_validation_repeats_training_s_figure_and_goes_to_its_mlflow_run
     again = json.loads(path.read_text())["text"]["val"]
     assert again["nats_per_token"] == pytest.approx(step_3["val/nll"], rel=1e-6)
 
+    (shard,) = data.glob("val-*.arrow")
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    capsys.readouterr()
+    assert main([str(run), "track=none"]) == 2
+    assert f"{shard.name}: expected sha256" in capsys.readouterr().err
+
 
 def test_what_is_no_run_gets_an_mlflow_run_of_its_own(model, texts, tmp_path):
     from mlflow import MlflowClient
