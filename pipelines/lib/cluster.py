@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipelines.lib.config import InputError
+
 LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # our own progress lines; Ray's bars rewrite the terminal
@@ -30,7 +32,8 @@ def ensure_ray(num_cpus: int | None = None, object_store_bytes: int = OBJECT_STO
     loopback only, no dashboard, no usage statistics, num_cpus logical CPUs (default: those this process may use, at
     least 2, because a Ray Train run with one worker and a dataset needs more than one).
 
-    Returns True if a local Ray was started by this call, False if one was joined or already there.
+    Returns True if a local Ray was started by this call, False if one was joined or already there. Raises InputError if
+    the cluster cannot be joined.
     """
     for name, value in LOCAL_ENVIRONMENT.items():  # read when ray is imported, so set before
         os.environ.setdefault(name, value)
@@ -44,8 +47,14 @@ def ensure_ray(num_cpus: int | None = None, object_store_bytes: int = OBJECT_STO
 
 def _init(ray: Any, num_cpus: int | None, object_store_bytes: int) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            cause = str(error.__cause__ or error)
+            why = "it wants a token" if "token" in cause else cause.strip().splitlines()[0]
+            hint = "set RAY_AUTH_MODE=token" if "token" in cause else "unset RAY_ADDRESS to start one here"
+            raise InputError(f"RAY_ADDRESS={address}: cannot join this cluster, {why}; {hint}") from None
         return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
