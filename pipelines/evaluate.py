@@ -223,10 +223,10 @@ def measure_text(model: Any, text: Text, config: EvaluateConfig) -> dict[str, An
     context = window_of(model, config)
     stride, rows = stride_of(context, config), batch_of(model, context, config)
     embedding = model.get_input_embeddings().weight.shape[0]
-    if text.stream is None and (largest := int(max(s.max() for s in text.sequences))) >= embedding:
-        raise InputError(f"the tokenizer gives id {largest}, but the model has {embedding} ids; it is not this model's")
-    if text.stream is not None and len(text.table) > embedding:
-        raise InputError(f"the tokens have {len(text.table)} ids, but the model has {embedding}; they are not for it")
+    if text.largest >= embedding:
+        raise InputError(
+            f"{text.name} has token id {text.largest}, but the model has {embedding}; its tokens are not the model's"
+        )
     tally, began = Tally(), time.perf_counter()
     with Progress(text.n_targets, "tokens", text.name) as progress:
         for window, nll, targets in score(model, text.sequences, context, stride, rows, progress.update):

@@ -22,7 +22,7 @@ from pipelines.lib.config import InputError
 from pipelines.lib.corpus import Source
 
 if TYPE_CHECKING:
-    from pipelines.lib.shards import TokenFolder, Tokens
+    from pipelines.lib.shards import Tokens
 
 BASELINE_BYTES = 16 << 20  # of a text, that gzip and xz are measured on; xz takes about 10 s for them
 
@@ -51,8 +51,7 @@ class Text:
 
     name: in tables and metrics.  sequences: each begins with a token that is not scored.  table: bytes behind each
     id, [V] (zeros: not known).  n_bytes: of the text that is scored.  head: the text itself, as much of it as the
-    baselines take; head_ids: its tokens; ids_bytes: the bytes behind those.  fingerprint: sha256.  notes: how it was
-    made into tokens.
+    baselines take; head_ids: its tokens.  fingerprint: sha256.  notes: how it was made into tokens.  largest: id.
     """
 
     name: str
@@ -63,6 +62,7 @@ class Text:
     head_ids: np.ndarray | None
     fingerprint: str
     notes: dict[str, Any]
+    largest: int
     stream: Tokens | None = None
 
     @property
@@ -148,15 +148,13 @@ def open_text(setting: str | Source, model: Path, text_mb: float | None = None) 
     shown = setting if isinstance(setting, str) else json.dumps(plain(setting))
     if not total:
         raise InputError(f"text={shown}: no text in it")
-    sequences = [np.concatenate(p) for p in pieces]
+    sequences = [s for s in (np.concatenate(p) for p in pieces) if len(s)]  # a normaliser may leave nothing of a text
     n_tokens = sum(len(s) for s in sequences) - (len(sequences) if prefix is not None else 0)
     if not sum(len(s) - 1 for s in sequences):
         raise InputError(
             f"text={shown}: {n_tokens} token(s) in {len(sequences)} document(s); at least 2 are needed, for the "
             "tokenizer has no beginning- or end-of-text token to predict the first one from"
         )
-    if tokenizer.backend_tokenizer.get_vocab_size() and int(max(s.max() for s in sequences)) >= len(table):
-        raise InputError(f"text={shown}: the tokenizer gives ids outside its own vocabulary of {len(table)}")
     in_tokens = int(sum(table[p].sum() for s in pieces for p in (s if prefix is None else s[1:])))
     first = 0 if prefix is not None else int(sum(table[s[0]] for s in sequences))
     flattery(in_tokens, total, len(sequences))
@@ -181,6 +179,7 @@ def open_text(setting: str | Source, model: Path, text_mb: float | None = None) 
         ids,
         digest.hexdigest(),
         notes,
+        int(max(s.max() for s in sequences)),
     )
 
 
@@ -199,6 +198,7 @@ def open_data(path: str | Path, split: str, model: Path, first: int | None = Non
     Raises InputError for a folder or split that is not there, or was made with another tokenizer than the model's.
     """
     from pipelines.lib.shards import MANIFEST, TokenFolder, check_file, file_sha256
+    from pipelines.lib.vocab import token_bytes
 
     folder = TokenFolder.open(path)
     tokens = folder.split(split)
@@ -215,10 +215,16 @@ def open_data(path: str | Path, split: str, model: Path, first: int | None = Non
             f"{folder.path} was made with another tokenizer than the model's ({theirs} and {ours} differ); "
             "give the text itself: text=..."
         )
+    owner = folder.tokenizer_dir or (model if ours.is_file() else None)  # nanoGPT's files name no tokenizer
+    tokenizer = open_tokenizer(owner) if owner is not None else None
     known = folder.token_bytes()
-    table = np.zeros(folder.vocab_size, np.int64) if known is None else np.asarray(known, np.int64)
+    if known is None and tokenizer is not None:
+        known = token_bytes(tokenizer)
+    largest = max(int(block.max()) for block in stream.blocks())
+    table = np.zeros(largest + 1, np.int64)
     n_bytes = None
-    if known is not None:
+    if known is not None and largest < len(known):
+        table = np.asarray(known, np.int64)
         in_tokens = sum(int(table[block].sum()) for block in stream.blocks())
         n_bytes = in_tokens - int(table[stream[0:1]].sum())
         if tokens.n_bytes and len(stream) == tokens.n_tokens:
@@ -231,8 +237,8 @@ def open_data(path: str | Path, split: str, model: Path, first: int | None = Non
         "begins_with": None,
         "ends_of_documents": "scored, as in training",
     }
-    head, head_ids = _decoded(folder, stream, table)
-    return Text(split, [stream], table, n_bytes, head, head_ids, folder.fingerprint, notes, stream=tokens)
+    head, head_ids = _decoded(tokenizer, stream, table)
+    return Text(split, [stream], table, n_bytes, head, head_ids, folder.fingerprint, notes, largest, stream=tokens)
 
 
 def flattery(in_tokens: int, n_bytes: int, documents: int) -> None:
@@ -244,12 +250,10 @@ def flattery(in_tokens: int, n_bytes: int, documents: int) -> None:
         )
 
 
-def _decoded(folder: TokenFolder, stream: Stream, table: np.ndarray) -> tuple[bytes, np.ndarray | None]:
+def _decoded(tokenizer: Any, stream: Stream, table: np.ndarray) -> tuple[bytes, np.ndarray | None]:
     """The text of a split and its tokens, without ends of documents, as much of it as the baselines take."""
-    if folder.tokenizer_dir is None or not table.any():
+    if tokenizer is None or not table.any():
         return b"", None
-    from pipelines.lib.vocab import load_tokenizer
-
     parts, size = [], 0
     for block in stream.blocks(1 << 16):
         parts.append(block[table[block] > 0].astype(np.uint32))
@@ -257,5 +261,4 @@ def _decoded(folder: TokenFolder, stream: Stream, table: np.ndarray) -> tuple[by
         if size >= BASELINE_BYTES:
             break
     ids = np.concatenate(parts)
-    text = load_tokenizer(folder.tokenizer_dir).decode(ids.tolist(), clean_up_tokenization_spaces=False)
-    return str(text).encode(), ids
+    return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)).encode(), ids

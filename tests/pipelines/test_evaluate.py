@@ -377,7 +377,7 @@ BAD = [
     (["{cut}", "text={tmp}/one.txt"], "not a model that can be opened"),
     (["{part}", "text={tmp}/one.txt"], "hold no weights for blocks.0.mlp"),
     (["{other}", "text={tmp}/one.txt"], "config.json asks for [300, 32]"),
-    (["{small}", "text={tmp}/one.txt"], "it is not this model's"),
+    (["{small}", "text={tmp}/one.txt"], "its tokens are not the model's"),
     (["{nan}", "text={tmp}/one.txt"], "no finite likelihood"),
     (["{model}", "text={tmp}/one.txt", "context=25"], "context=25 is longer than the 24 tokens"),
     (["{model}", "text={tmp}/one.txt", "stride=25"], "stride=25 is more than the context"),
