@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig
@@ -62,13 +62,29 @@ def create(spec: Family) -> LM:
 def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model from a local Hugging Face folder, ours or any causal one of transformers, in eval mode.
 
-    dtype: None: as saved.  No code from the folder is run. Raises FileNotFoundError for what is no such folder.
+    dtype: None: as saved.  No code from the folder is run. Raises FileNotFoundError for what is no such folder, and
+    ConfigError for weights that are missing or of another shape, which transformers alone would make up with a warning.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no config.json; a Hugging Face model folder is needed")
     classes()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing weights is a table; ours is a line
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    model, info = loaded
+    if wrong := sorted(info["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        raise ConfigError(f"{path}: {name} has shape {list(found)}, but config.json asks for {list(expected)}")
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(f"{path}: its files hold no weights for {missing[0]}{more}, so this is not the whole model")
     return model.eval()

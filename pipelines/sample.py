@@ -93,22 +93,15 @@ def open_model(run: str | Path, which: str, device: str, dtype: str) -> tuple[An
 
     Raises InputError or ConfigError for a folder or a device that is not there.
     """
-    import torch
-    import transformers
-
-    from models.families import load
+    from pipelines.lib.model_folder import open_folder
     from pipelines.lib.run import resolve
     from pipelines.lib.vocab import load_tokenizer
     from pipelines.lib.world import choose_device
 
-    transformers.utils.logging.disable_progress_bar()  # stdout and stderr are for the text
     folder = resolve(run, which, say=lambda message: print(message, file=sys.stderr))
     at = choose_device(device)
     tokenizer = load_tokenizer(folder)
-    try:
-        model: Any = load(folder, None if dtype == "auto" else getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: not a model that can be opened: {error}") from error
+    model = open_folder(folder, dtype)
     return model.to(at).eval(), tokenizer, folder
 
 

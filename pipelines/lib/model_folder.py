@@ -11,38 +11,21 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def open_folder(folder: Path, dtype: str = "auto") -> Any:
-    """The model in evaluation mode. dtype: a name of torch, or auto: as saved. Raises InputError for what is none.
-
-    As models.families.load, but weights that the files lack are refused: transformers makes them up, with a warning.
-    """
+    """The model in evaluation mode. dtype: a name of torch, or auto: as saved. Raises InputError for what is none."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from models.families import classes
+    from models.families import load
+    from models.spec import ConfigError
 
-    classes()  # makes our families known to transformers
     logging.disable_progress_bar()  # of its loading, which is over before a bar can be read
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of missing weights is a table; ours is a line
-    options = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype), "local_files_only": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        return load(folder, None if dtype == "auto" else getattr(torch, dtype))
+    except ConfigError as error:  # says it all
+        raise InputError(f"{error}") from error
     except Exception as error:  # transformers, safetensors, json and torch each have their own
         said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise InputError(f"{folder}: not a model that can be opened ({said[:300]})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    model, info = loaded
-    if wrong := sorted(info["mismatched_keys"]):
-        name, found, expected = wrong[0]
-        raise InputError(f"{folder}: {name} has shape {list(found)}, but config.json asks for {list(expected)}")
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{folder}: its files hold no weights for {missing[0]}{more}, so this is not the whole model")
-    return model.eval()
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
