@@ -151,8 +151,8 @@ class LM(PreTrainedModel, GenerationMixin):
             mem = self.memory(input_ids.shape[0], max(64, input_ids.shape[1]))
         ids, at, back = self._door(input_ids, attention_mask, position_ids, mem.seen if mem is not None else None)
         if mem is not None:
-            mem.grow(at.upto)
-            mem.seen = at.upto
+            mem.seen += ids.shape[1]
+            mem.grow(mem.seen)
         trace: list[Tensor] | None = [] if output_hidden_states else None
         x = self.hidden(ids, at, mem, trace)
         states = (*trace[:-1], x) if trace else None
@@ -180,6 +180,7 @@ class LM(PreTrainedModel, GenerationMixin):
         """Tokens with the real ones first, where they stand, and the order that undoes it (None: nothing was moved)."""
         B, T = ids.shape
         past = seen or 0
+        upto = past + T
         if mask is not None:
             if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] != past + T:
                 raise ValueError(
@@ -187,8 +188,9 @@ class LM(PreTrainedModel, GenerationMixin):
                     f" ({past} tokens in memory, {T} new)"
                 )
             # Looking at the mask waits for the device once per call; the engine's path (`run`) never does.
-            if not torch.compiler.is_compiling() and bool(mask.all()):
-                mask = None
+            if not torch.compiler.is_compiling():
+                least, upto = torch.stack(mask.sum(1).aminmax()).tolist()
+                mask = None if least == past + T else mask
         if mask is None:
             at = At.full(B, T, ids.device, past)
             if position_ids is not None and seen is None:
@@ -198,7 +200,7 @@ class LM(PreTrainedModel, GenerationMixin):
         order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         step = torch.arange(T, device=ids.device)
         pos = mask[:, :past].sum(1, keepdim=True) + step
-        at = At(pos, real.sum(1), upto=past + T, start=None if past else 0)
+        at = At(pos, real.sum(1), upto=max(int(upto), 1), start=None if past else 0)
         return ids.gather(1, order), at, order.argsort(dim=1)
 
     def get_input_embeddings(self) -> nn.Module:

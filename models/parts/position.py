@@ -103,7 +103,7 @@ class PositionTable(nn.Module):
         length = self.weight.shape[0]
         if at.upto > length:
             raise ValueError(f"position {at.upto - 1} has no learned vector: this model's seq_len is {length}")
-        if at.start is not None:
+        if at.start is not None and at.start + x.shape[1] <= length:
             return x + self.weight[at.start : at.start + x.shape[1]]
         pos = at.pos if at.n is None else at.pos.clamp(max=length - 1)  # only pads may lie beyond
         return x + F.embedding(pos, self.weight)
