@@ -142,7 +142,7 @@ def _others(name: str, where: Path, documents: list[str], chosen: str) -> list[t
             encoders[backend] = make(tree)
     pattern, _ = vocab._makes_parts(tree)
     if pattern in dict(vocab.PATTERNS.values()):
-        quick, vocab.PATTERNS = vocab.PATTERNS, {"published": (pattern, pattern)}
+        quick, vocab.PATTERNS = vocab.PATTERNS, {key: (p, p) for key, (p, _) in vocab.PATTERNS.items()}
         try:
             encoders["tiktoken, pattern as published"] = vocab._tiktoken_backend(tree)
         finally:
@@ -306,7 +306,7 @@ def stage(mb: int, workers: int, repeat: int) -> list[str]:
             n, peak, inside = 0, 0.0, 0.0
             for record in tokenize.on_ray(this, range(len(units)), workers):
                 n += sum(e["tokens"] for shards in record["shards"].values() for e in shards)
-                peak, inside = max(peak, record["peak_mb"]), inside + record["seconds"]
+                peak, inside = max(peak, record.get("peak_mb", 0)), inside + record["seconds"]
             print(f"  ray: tasks {inside:.1f} s of {workers} workers, worker peak {peak:.0f} MB", flush=True)
             return n, peak
 

@@ -28,6 +28,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +43,7 @@ from pipelines.lib import corpus, vocab
 from pipelines.lib.cluster import usable_cpus
 from pipelines.lib.config import InputError, command, read_yaml, write_yaml
 from pipelines.lib.corpus import Document, Plan, Slice, Source, Stdlib
+from pipelines.lib.progress import Progress
 from pipelines.lib.shards import (
     MANIFEST,
     TOKEN_BYTES,
@@ -252,7 +254,11 @@ def in_process(job: Job, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def on_ray(job: Job, pending: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
-    """The units as a Ray Data job: a dataset of unit numbers, mapped by tasks that write their shards themselves."""
+    """The units as a Ray Data job: a dataset of unit numbers, mapped by tasks that write their shards themselves.
+
+    Ray Data takes 0.15 s from the end of a task to the next one's begin (measured; its scheduling loop), so a task does
+    several units: many at first, single ones at last (`shares`), for all workers to end together.
+    """
     import logging
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its bars are off
@@ -264,28 +270,46 @@ def on_ray(job: Job, pending: Sequence[int], workers: int) -> Iterator[dict[str,
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     shared = ray.put(json.dumps(plain(dc.replace(job, units=[]))))
-    rows = [{"unit": unit, "slices": json.dumps([list(dc.astuple(s)) for s in job.units[unit]])} for unit in pending]
+    rows = [
+        {"units": json.dumps({unit: [list(dc.astuple(s)) for s in job.units[unit]] for unit in share})}
+        for share in shares(pending, workers)
+    ]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     work = functools.partial(_tokenize_row, job=shared)
     done = data.map(work, compute=ray.data.TaskPoolStrategy(size=workers), num_cpus=1)
     for row in done.iter_rows():
-        result = json.loads(row["result"])
-        if "error" in result:
-            raise InputError(result["error"])
-        yield result
+        for record in json.loads(row["records"]):
+            if "error" in record:
+                raise InputError(record["error"])
+            yield record
+
+
+def shares(pending: Sequence[int], workers: int) -> list[list[int]]:
+    """Consecutive units for one task each: a share is the 2 * workers-th part of what is left, at least one unit."""
+    left, found = list(pending), []
+    while left:
+        n = max(1, len(left) // (2 * workers))
+        found.append(left[:n])
+        left = left[n:]
+    return found
 
 
 def _tokenize_row(row: dict[str, Any], job: Any) -> dict[str, Any]:
-    """A row {unit, slices} -> {result: the unit's record as JSON}. Bad input comes back as a word, not as a trace."""
-    tree, unit = _job_tree(job), int(row["unit"])
-    slices = [Slice(*values) for values in json.loads(row["slices"])]
-    this = dc.replace(tree, units=cast(Any, {unit: slices}))
+    """A row {units: {number: slices}} -> {records}, both as JSON. Bad input comes back as a word, not as a trace.
+
+    Where Ray gives the task to another worker, because the first one was killed, finished units are not done again.
+    """
+    units = {int(n): [Slice(*values) for values in slices] for n, slices in json.loads(row["units"]).items()}
+    this = dc.replace(_job_tree(job), units=cast(Any, units))
+    records: list[dict[str, Any]] = []
     try:
-        result = tokenize_unit(this, unit)
+        for unit in units:
+            path = _record_path(this, unit)
+            records.append(json.loads(path.read_bytes()) if path.is_file() else tokenize_unit(this, unit))
+        records[-1]["peak_mb"] = peak_memory_mb()
     except InputError as error:
-        result = {"error": str(error)}
-    result["peak_mb"] = peak_memory_mb()
-    return {"result": json.dumps(result)}
+        records = [{"error": str(error)}]
+    return {"records": json.dumps(records)}
 
 
 def _job_tree(reference: Any) -> Job:
@@ -510,14 +534,16 @@ def _with_split(job: Job, config: TokenizeConfig, plan: Plan) -> Job:
 
 
 def _finished(job: Job) -> dict[int, dict[str, Any]]:
-    """{unit: record} of the units whose shards are on disk, whole by their sha256; others are done again."""
+    """{unit: record} of the units whose shards are on disk, whole by their sha256; other records are removed."""
     records = {}
     for path in sorted((Path(job.out) / RECORDS).glob("*.json")):
-        with contextlib.suppress(ValueError, KeyError, InputError):
+        try:
             record = json.loads(path.read_bytes())
             for entry in [e for entries in record["shards"].values() for e in entries]:
                 check_file(Path(job.out), entry, "sha256")
             records[int(record["unit"])] = record
+        except (ValueError, KeyError, InputError):
+            path.unlink()
     return records
 
 
@@ -526,7 +552,6 @@ def _work(
 ) -> dict[str, float]:
     """Do the pending units, adding to `records`; returns the figures of this run."""
     from pipelines.lib.cluster import ensure_ray
-    from pipelines.lib.progress import Progress
 
     workers = usable_cpus() if config.workers is None else config.workers
     if workers and pending:
@@ -535,34 +560,71 @@ def _work(
 
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         workers = min(cpus if config.workers is None else workers, len(pending))
-    sizes = [sum(s.size for s in unit) for unit in job.units]
-    started = time.perf_counter()
-    tokens = documents = text = done = 0
-    peak = 0.0
     results = on_ray(job, pending, workers) if workers and pending else in_process(job, pending)
-    with Progress(sum(sizes[u] for u in pending) >> 20, "MB", "tokenize") as progress:
-        for record in results:
-            records[record["unit"]] = record
-            entries = [e for shards in record["shards"].values() for e in shards]
-            tokens += sum(e["tokens"] for e in entries)
-            text += sum(e["bytes"] for e in entries)
-            documents += sum(n for name, n in record["counts"].items() if name in ("train_documents", "val_documents"))
-            peak = max(peak, record.pop("peak_mb", 0.0))
-            done += sizes[record["unit"]]
-            rate = tokens / (time.perf_counter() - started)
-            progress.update(done >> 20, **{"tokens/s": f"{rate:,.0f}"})
-    seconds = time.perf_counter() - started
+    count = Count([sum(s.size for s in unit) for unit in job.units])
+    peak = 0.0
+    with Progress(sum(count.sizes[unit] for unit in pending) >> 20, "MB", "tokenize") as progress:
+        with _watched(job, pending, count, progress) if workers else contextlib.nullcontext():
+            for record in results:
+                peak = max(peak, record.pop("peak_mb", 0.0))
+                records[record["unit"]] = record
+                count.add(record, progress)
+    seconds = time.perf_counter() - count.started
     return {
-        "tokens": tokens,
-        "documents": documents,
-        "bytes": text,
+        "tokens": count.tokens,
+        "documents": count.documents,
+        "bytes": count.bytes,
         "seconds": seconds,
-        "tokens_per_s": tokens / max(seconds, 1e-9),
-        "documents_per_s": documents / max(seconds, 1e-9),
+        "tokens_per_s": count.tokens / max(seconds, 1e-9),
+        "documents_per_s": count.documents / max(seconds, 1e-9),
         "workers": workers,
         "worker_peak_mb": peak,
         "driver_peak_mb": peak_memory_mb(),
     }
+
+
+class Count:
+    """What is done so far, each unit once whoever reports it. sizes: bytes of each unit. Safe between threads."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes, self.seen, self.lock = sizes, set[int](), threading.Lock()
+        self.tokens = self.documents = self.bytes = self.done = 0
+        self.started = time.perf_counter()
+
+    def add(self, record: dict[str, Any], progress: Progress) -> None:
+        with self.lock:
+            if record["unit"] in self.seen:
+                return
+            self.seen.add(record["unit"])
+            entries = [e for shards in record["shards"].values() for e in shards]
+            self.tokens += sum(e["tokens"] for e in entries)
+            self.bytes += sum(e["bytes"] for e in entries)
+            self.documents += sum(record["counts"].get(f"{split}_documents", 0) for split in ("train", "val"))
+            self.done += self.sizes[record["unit"]]
+            rate = self.tokens / (time.perf_counter() - self.started)
+            progress.update(self.done >> 20, **{"tokens/s": f"{rate:,.0f}"})
+
+
+@contextlib.contextmanager
+def _watched(job: Job, pending: Sequence[int], count: Count, progress: Progress) -> Iterator[None]:
+    """Show progress from the records as they appear: a Ray task reports only when all its units are done."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        waiting = set(pending)
+        while waiting and not ended.wait(0.5):
+            for unit in sorted(waiting):
+                with contextlib.suppress(OSError, ValueError):
+                    count.add(json.loads(_record_path(job, unit).read_bytes()), progress)
+                    waiting.discard(unit)
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _merge(
