@@ -11,14 +11,18 @@ A stage's `tokenizer` setting is a name, a path or a mapping, one of `Vocabulary
 `load_tokenizer(folder)` is what every other stage calls. `Encoder(folder)` is what the tokenisation itself uses: it
 knows no transformers and picks, by the form of tokenizer.json, the fastest backend that gives the same ids:
 
-    tokenizer of                   backend         M tokens/s on one core    tokenizers' own
-    bytes                          numpy                            2,400                2.8
-    characters                     numpy                              250                0.9
-    BPE, GPT-2's pattern           tiktoken                           5.4                1.1
-    BPE, cl100k's, o200k's         kitoken or tiktoken
-    SentencePiece                  sentencepiece
-    others                         tokenizers
+    tokenizer of                   backend         M tokens/s   tokenizers' own encode_batch_fast
+    bytes                          numpy                2,400     6.9
+    characters                     numpy                  270     1.9
+    BPE, GPT-2's pattern           tiktoken               2.6     0.8
+    BPE, cl100k's and o200k's      kitoken                3.7     0.7    (without kitoken: tiktoken 2.5)
+    SentencePiece unigram          sentencepiece          7.2     0.7
+    SentencePiece BPE              sentencepiece          2.0     1.0
+    others                         tokenizers             0.8     0.8
 
+One core of a busy machine, in CPU seconds, documents of 4,000 characters of English books (benchmarks/tokenize.py and
+its results, with further backends; on a quiet machine tiktoken reaches 4.3 to 5.4). SentencePiece models that rewrite
+text (NFKC) are encoded by tokenizers.
 A backend is proven when it is chosen, on PROBES, on 2,000 strings made of what tokenizers part in different ways and on
 the corpus's own beginning, and again on the first document of every unit of work; one that differs is not used. (So
 kitoken 0.11, which parts `\n's` in another way than GPT-2's pattern, serves the patterns cl100k and o200k only.)
