@@ -467,21 +467,27 @@ def _prepare_tokenizer(config: TokenizeConfig, origin: Source, plan: Plan) -> tu
     out, kind = Path(config.out), cast(Vocabulary, config.tokenizer)
     folder = out / "tokenizer"
     if not folder.is_dir():
-        started, seen = time.perf_counter(), 0
+        started, seen, used = time.perf_counter(), 0, 0
 
         def texts() -> Iterator[str]:
             n_bytes = getattr(kind, "sample_mb", 0) * 2**20 if kind.reads_corpus == "sample" else float("inf")
             threshold = int(config.val_fraction * HASHES) if config.split == "documents" else 0
-            nonlocal seen
+            nonlocal seen, used
             for document in corpus.sample(origin, plan, n_bytes):
                 seen += 1
                 if kind.reads_corpus == "everything" or document_hash(config.seed, document.id) >= threshold:
+                    used += 1
                     yield document.text  # validation documents do not train a tokenizer
 
         made = kind.make(texts)
-        if kind.reads_corpus != "nothing" and not seen:
+        if kind.reads_corpus != "nothing" and not used:
             shutil.rmtree(out)
-            raise InputError(f"the corpus is empty: no document of {_source_name(config)} holds text")
+            if not seen:
+                raise InputError(f"the corpus is empty: no document of {_source_name(config)} holds text")
+            raise InputError(
+                f"no training documents: the {seen} of {_source_name(config)} fell to validation with "
+                f"val_fraction={config.val_fraction}, seed={config.seed}; give val_documents, or split=tail"
+            )
         table = vocab.save_tokenizer(made, folder)
         write_atomically(out / TOKEN_BYTES, vocab.array_bytes(table))
         asked = getattr(kind, "vocab_size", len(made))

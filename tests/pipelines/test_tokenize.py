@@ -314,6 +314,8 @@ def test_a_full_disk_names_the_file_and_the_bytes(corpus, tmp_path, monkeypatch)
         (["source=blank", "tokenizer=bytes"], "the corpus is empty: no document of"),
         (["source=zeros.bin", "tokenizer=bytes", "val_fraction=0"], "the corpus is empty"),
         (["source=three", "val_fraction=0.001", "tokenizer=bytes"], "no validation documents"),
+        (["source=three", "val_fraction=0.999"], "no training documents: the 3 of"),
+        (["source=three", "val_fraction=0.999", "tokenizer=bytes"], "no training documents: all 3 of"),
         (["source=three", "val_documents=3", "tokenizer=bytes"], "leaves nothing to train on"),
         (["source=three", "tokenizer=missing.json"], "tokenizer .*missing.json"),
         (["source=three", "val_documents=2", "split=tail"], "has no effect with split=tail"),
