@@ -368,7 +368,7 @@ def train(
             f"{trainer.flops_per_token / 1e6:.1f} MFLOP per token; peak {peak.flops / 1e9:,.0f} GFLOP/s ({peak.how})"
         )
         metrics = Metrics(run.metrics if world.rank == 0 else None)
-        return _steps(trainer, metrics, report)
+        return Course(trainer, metrics, report).to_the_end()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
@@ -386,86 +386,114 @@ def train(
         log.close()
 
 
-def _steps(trainer: Trainer, metrics: Metrics, report: Callable[[dict], None]) -> Outcome:
-    """From where the trainer stands to the end: update, log, validate, save."""
-    config, world, run, state, log = trainer.config, trainer.world, trainer.run, trainer.state, trainer.log
-    stopped: str | None = None
-    latest: dict[str, float] = {}
-    attempt_began, earlier_s = time.monotonic(), state.elapsed_s
-    window_began, window_steps, window_read = time.perf_counter(), 0, 0.0
-    save_every = config.save_every or config.eval_every
+class Course:
+    """A run from where its trainer stands to its end: update, validate, log and save, until done or stopped."""
 
-    def finished() -> bool:
-        if trainer.total is not None:
-            return state.step >= trainer.total
-        assert config.seconds is not None
-        return bool(world.agree(state.elapsed_s >= config.seconds))
+    def __init__(self, trainer: Trainer, metrics: Metrics, report: Callable[[dict], None]):
+        self.trainer, self.metrics, self.report = trainer, metrics, report
+        self.config, self.run, self.state, self.world = trainer.config, trainer.run, trainer.state, trainer.world
+        self.stopped: str | None = None
+        self.latest: dict[str, float] = {}
+        self.began, self.earlier_s = time.monotonic(), self.state.elapsed_s
+        self.open_window()
 
-    if config.patience is not None and state.stale >= config.patience:
-        stopped = f"no better validation loss in {state.stale} evaluations"
-    while not stopped and not finished():
-        following = state.step + 1
-        last = trainer.total is not None and following >= trainer.total
+    def open_window(self) -> None:
+        """Begin to count the updates that the next log line's pace is taken over (without validation and saving)."""
+        self.window_began, self.window_steps, self.window_read_s = time.perf_counter(), 0, 0.0
+
+    def to_the_end(self) -> Outcome:
+        self.look_at_patience()
+        while not self.stopped and not self.long_enough():
+            self.step()
+        if self.world.rank == 0:
+            self.trainer.checkpoints.wait()
+        best = {"val/best_nll": self.state.best} if self.state.best is not None else {}
+        return Outcome(self.state.step, self.latest | best, self.stopped)
+
+    def long_enough(self) -> bool:
+        if self.trainer.total is not None:
+            return self.state.step >= self.trainer.total
+        assert self.config.seconds is not None
+        return bool(self.world.agree(self.state.elapsed_s >= self.config.seconds))
+
+    def look_at_patience(self) -> None:
+        if self.config.patience is not None and self.state.stale >= self.config.patience:
+            self.stopped = f"no better validation loss in {self.state.stale} evaluations"
+
+    def step(self) -> None:
+        """One update, and what is due after it."""
+        config, state, following = self.config, self.state, self.state.step + 1
+        last = self.trainer.total is not None and following >= self.trainer.total
         measured = last or following % config.eval_every == 0
-        figures = trainer.update(stop=run.stop_request.exists(), measure=measured)
-        state.elapsed_s = earlier_s + time.monotonic() - attempt_began
-        window_steps += 1
-        window_read += figures["read_s"]
+        figures = self.trainer.update(stop=self.run.stop_request.exists(), measure=measured)
+        state.elapsed_s = self.earlier_s + time.monotonic() - self.began
+        self.window_steps += 1
+        self.window_read_s += figures["read_s"]
         if not figures["applied"]:
-            state.skipped += 1
-            log(f"step {state.step}: loss or gradient is not finite; the update was skipped ({state.skipped} so far)")
-            if config.nonfinite == "stop" or state.skipped > config.max_skipped:
-                good = run.pointed("last")
-                raise InputError(
-                    f"stopped at step {state.step}: {state.skipped} steps had a non-finite loss or gradient "
-                    f"(nonfinite={config.nonfinite}, max_skipped={config.max_skipped}); "
-                    f"the last good checkpoint is {good or 'none yet'}; try a smaller optim.lr"
-                )
+            self.count_skipped()
         if figures["stop"]:
-            stopped = "asked to stop"
-        if trainer.total is None and finished():
+            self.stopped = "asked to stop"
+        if self.trainer.total is None and self.long_enough():
             last = measured = True
-        row: dict[str, float] = {}
-        if measured or stopped or state.step % config.log_every == 0 or state.step == 1:
-            spent = (time.perf_counter() - window_began) / window_steps
-            row = {k: figures[k] for k in ("train/loss", "train/nll", "train/grad_norm", "data/crc")}
-            row |= {
-                "train/lr": trainer.lr(),
-                "train/tokens": state.tokens,
-                "train/tokens_per_s": config.batch_tokens / spent,
-                "train/step_time_s": spent,
-                "train/read_time_s": window_read / window_steps,
-                "train/skipped": state.skipped,
-                "train/mfu": trainer.flops_per_token * config.batch_tokens / spent / (trainer.peak.flops * world.size),
-                "train/elapsed_s": state.elapsed_s,
-                "system/memory_gb": trainer.peak.memory_gb(),
-            }
-            if "train/update_ratio" in figures:
-                row["train/update_ratio"] = figures["train/update_ratio"]
-        best = False
-        if measured and not stopped:
-            row |= trainer.evaluate()
-            loss = row["val/nll"]
-            best = math.isfinite(loss) and (state.best is None or loss < state.best)
-            if best:
-                state.best, state.best_step, state.stale = loss, state.step, 0
-            else:
-                state.stale += 1
-            latest = {k: v for k, v in row.items() if k.startswith("val/")} | {"train/loss": row["train/loss"]}
-            if config.patience is not None and state.stale >= config.patience:
-                stopped = f"no better validation loss in {state.stale} evaluations"
+        row, best = {}, False
+        if measured or self.stopped or state.step % config.log_every == 0 or state.step == 1:
+            row = self.training_row(figures)
+        if measured and not self.stopped:
+            row |= self.trainer.evaluate()
+            best = self.judge(row)
         if row:
-            metrics.write(state.step, row)
-        if best or stopped or last or state.step % save_every == 0:
-            trainer.save(best, wait=bool(stopped or last))
-            report({"step": state.step, "checkpoint": str(run.checkpoints / f"step_{state.step}")})
-        if measured and config.sample_prompts and config.sample_tokens and world.rank == 0:
-            samples(trainer)
+            self.metrics.write(state.step, row)
+        if best or self.stopped or last or state.step % (config.save_every or config.eval_every) == 0:
+            self.trainer.save(best, wait=bool(self.stopped or last))
+            self.report({"step": state.step, "checkpoint": str(self.run.checkpoints / f"step_{state.step}")})
+        if measured and config.sample_prompts and config.sample_tokens and self.world.rank == 0:
+            samples(self.trainer)
         if row:
-            window_began, window_steps, window_read = time.perf_counter(), 0, 0.0
-    if world.rank == 0:
-        trainer.checkpoints.wait()
-    return Outcome(state.step, latest | ({"val/best_nll": state.best} if state.best is not None else {}), stopped)
+            self.open_window()
+
+    def count_skipped(self) -> None:
+        """Raises InputError when the policy says that it is enough."""
+        config, state = self.config, self.state
+        state.skipped += 1
+        self.trainer.log(
+            f"step {state.step}: loss or gradient is not finite; the update was skipped ({state.skipped} so far)"
+        )
+        if config.nonfinite == "stop" or state.skipped > config.max_skipped:
+            good = self.run.pointed("last")
+            raise InputError(
+                f"stopped at step {state.step}: {state.skipped} steps had a non-finite loss or gradient "
+                f"(nonfinite={config.nonfinite}, max_skipped={config.max_skipped}); "
+                f"the last good checkpoint is {good or 'none yet'}; try a smaller optim.lr"
+            )
+
+    def training_row(self, figures: dict[str, Any]) -> dict[str, float]:
+        trainer, state = self.trainer, self.state
+        spent = (time.perf_counter() - self.window_began) / self.window_steps
+        rate = self.config.batch_tokens / spent
+        given = ("train/loss", "train/nll", "train/grad_norm", "train/update_ratio", "data/crc")
+        return {k: figures[k] for k in given if k in figures} | {
+            "train/lr": trainer.lr(),
+            "train/tokens": state.tokens,
+            "train/tokens_per_s": rate,
+            "train/step_time_s": spent,
+            "train/read_time_s": self.window_read_s / self.window_steps,
+            "train/skipped": state.skipped,
+            "train/mfu": trainer.flops_per_token * rate / (trainer.peak.flops * self.world.size),
+            "train/elapsed_s": state.elapsed_s,
+            "system/memory_gb": trainer.peak.memory_gb(),
+        }
+
+    def judge(self, row: dict[str, float]) -> bool:
+        """Whether this validation is the best so far (never a non-finite one); ends the run when patience does."""
+        state, loss = self.state, row["val/nll"]
+        best = math.isfinite(loss) and (state.best is None or loss < state.best)
+        if best:
+            state.best, state.best_step, state.stale = loss, state.step, 0
+        else:
+            state.stale += 1
+        self.latest = {k: v for k, v in row.items() if k.startswith("val/")} | {"train/loss": row["train/loss"]}
+        self.look_at_patience()
+        return best
 
 
 def samples(trainer: Trainer) -> None:
