@@ -545,7 +545,8 @@ class LanguageModel:
             params = SamplingParams(**job["params"])
             prompts = [self.engine.check(t, params, self.encoder) for t in texts]
         except RequestError as error:
-            raise ApiError(400, str(error), error.param, error.code or "invalid_value") from None
+            param = "messages" if error.param == "prompt" and job["messages"] is not None else error.param
+            raise ApiError(400, str(error), param, error.code or "invalid_value") from None
         wanted, most = params.max_tokens, self.settings["max_tokens"]
         if wanted is not None and wanted > most:
             raise ApiError(400, f"max_tokens={wanted} exceeds this server's limit of {most}", "max_tokens", "too_large")
@@ -564,6 +565,8 @@ class LanguageModel:
 
     def _conversation(self, job: Job) -> str | list[int]:
         """A conversation as the tokenizer's template has it, or as `plain_chat`, whose stop strings are then added."""
+        from serving.engine import ids_of
+
         messages = job["messages"]
         assert messages is not None
         if not getattr(self.encoder, "chat_template", None):
@@ -573,7 +576,7 @@ class LanguageModel:
             text = self.encoder.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template raises what it likes about, say, the order of roles
             raise ApiError(400, f"the chat template refuses these messages: {error}", "messages") from None
-        return list(self.encoder(text, add_special_tokens=False).input_ids)
+        return ids_of(self.encoder, text, add_special_tokens=False)
 
     def _submit(self, job: Job, prompts: list[list[int]], listener: Any) -> "list[EngineRequest]":
         """All sequences of a job, or none. Raises ApiError (400, 429, 503)."""

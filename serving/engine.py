@@ -43,6 +43,7 @@ __all__ = [
     "SamplingParams",
     "TokenBytes",
     "TokenLogprob",
+    "ids_of",
     "seed_of_sample",
 ]
 
@@ -55,6 +56,29 @@ class QueueFull(RuntimeError):
 
 class EngineStopped(RuntimeError):
     """The engine's thread has ended, on demand or after faults."""
+
+
+def ids_of(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Token ids of a text. Raises RequestError for what the tokenizer cannot read: a character, or half of one."""
+    half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+    if half is not None:
+        raise RequestError(f"the text holds {half!a}, half of a character, so it is no Unicode text", param="prompt")
+    try:
+        return list(tokenizer(text, **options).input_ids)
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library raises bare Exceptions for what its model lacks
+            raise
+        lacking = next((c for c in dict.fromkeys(text) if not _reads(tokenizer, c)), None)
+        what = f"the text: {error}" if lacking is None else f"the character {lacking!r} (U+{ord(lacking):04X})"
+        raise RequestError(f"the model's tokenizer has no token for {what}", param="prompt") from None
+
+
+def _reads(tokenizer: Any, text: str) -> bool:
+    try:
+        tokenizer(text)
+    except Exception:
+        return False
+    return True
 
 
 @dataclass(eq=False)
@@ -152,11 +176,14 @@ class Engine:
     # ---- requests
 
     def encode(self, text: str, tokenizer: Any = None) -> list[int]:
-        """Token ids of a prompt. tokenizer: a copy of the engine's, for use beside its thread."""
+        """Token ids of a prompt. tokenizer: a copy of the engine's, for use beside its thread.
+
+        Raises RequestError for text that the tokenizer cannot read, as a character that it has no id for.
+        """
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise RequestError("text prompts need a tokenizer; give token ids", param="prompt")
-        ids = list(tokenizer(text).input_ids)
+        ids = ids_of(tokenizer, text)
         if len(ids) > 1 and ids[-1] in self.ends and not text.endswith(tokenizer.decode(ids[-1:])):
             ids.pop()  # a tokenizer that closes every text with an end token would end the continuation here
         return ids

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from pipelines.lib.vocab import chars_tokenizer
 from pipelines.sample import main
 from tests.serving.tiny import byte_level_tokenizer, gpt
 
@@ -103,6 +104,13 @@ def test_a_folder_without_a_model_or_with_a_binary_prompt_file_is_named(folder, 
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     code, _, said = sample(capsys, folder, f"prompt_file={tmp_path / 'binary'}")
     assert code == 2 and "not UTF-8" in said
+
+
+def test_a_character_that_the_tokenizer_lacks_is_named(capsys, tmp_path):
+    gpt(vocab_size=16).save_pretrained(tmp_path)
+    chars_tokenizer(sorted(set("First Citizen"))).save_pretrained(tmp_path)
+    code, _, said = sample(capsys, str(tmp_path), "--prompt", "First é")
+    assert code == 2 and len(said.strip().splitlines()) == 1 and "prompt 1 of 1" in said and "'é'" in said
 
 
 def test_help_starts_without_torch_or_ray():

@@ -18,9 +18,10 @@ import pytest
 from models.families import load
 from models.spec import ConfigError
 from pipelines.lib.config import InputError
+from pipelines.lib.vocab import chars_tokenizer
 from serving.app import LanguageModel, ServeConfig, build
 from serving.engine import Engine, SamplingParams
-from serving.protocol import ChatRequest, parse
+from serving.protocol import ChatRequest, CompletionRequest, parse
 from tests.serving.tiny import byte_level_tokenizer, gpt
 
 KEY = "a secret"
@@ -367,6 +368,35 @@ def test_settings_come_as_text_or_values_and_wrong_ones_are_named(tmp_path):
     assert ServeConfig(run="x", api_key_file=str(tmp_path / "key")).key() == "k"
     with pytest.raises(ConfigError, match="nowhere"):
         ServeConfig(run="x", api_key_file="nowhere").key()
+
+
+def test_a_character_that_the_tokenizer_lacks_is_a_400(tmp_path):
+    """The replica's class without Serve: a prompt, a conversation by template and one in plain text."""
+    folder = tmp_path / "chars"
+    gpt(vocab_size=64).save_pretrained(folder)
+    args = {"device": "cpu", "dtype": "auto", "threads": 1, "rows": 2, "context": None, "chunk": 512, "max_waiting": 1}
+    settings = {"run": str(folder), "name": "chars", "max_sequences": 8, "max_tokens": 30, **args}
+    chat = {"messages": [{"role": "user", "content": "the é"}]}
+
+    async def ask(model, kind, fields):
+        job = parse(kind, json.dumps({"model": "chars", **fields}).encode()).job()
+        return [message async for message in model.generate(job)]
+
+    for template in (TEMPLATE, None):
+        tokenizer = chars_tokenizer(sorted(set("User: the Assistant user assistant \n")))
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        model = LanguageModel.func_or_class(settings)
+        try:
+            for kind, fields, param in (
+                (CompletionRequest, {"prompt": "the é"}, "prompt"),
+                (ChatRequest, chat, "messages"),
+            ):
+                (answer,) = asyncio.run(ask(model, kind, fields))
+                assert (answer["error"]["status"], answer["error"]["param"]) == (400, param)
+                assert "'é'" in answer["error"]["message"]
+        finally:
+            model.thread.stop()
 
 
 def test_without_a_chat_template_a_conversation_is_plain_text_that_ends_where_the_user_would_speak(tmp_path):

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from models.convert import llama2c
 from models.parts.position import Learned
+from pipelines.lib.vocab import chars_tokenizer
 from serving.backends import CachePerRow, Recompute, SharedMemory
 from serving.engine import (
     Engine,
@@ -511,3 +512,12 @@ def test_a_thread_serves_many_submitters_and_survives_a_fault(model, tokenizer, 
     assert not thread.is_alive()
     with pytest.raises(EngineStopped):
         thread.submit([1])
+
+
+def test_text_that_the_tokenizer_cannot_read_is_a_request_error_that_names_the_character(tokenizer):
+    chars = chars_tokenizer(sorted(set("First Citizen")))
+    with pytest.raises(RequestError, match=r"no token for the character 'é' \(U\+00E9\)") as caught:
+        Engine(gpt(vocab_size=16), chars).submit("First é")
+    assert caught.value.param == "prompt"
+    with pytest.raises(RequestError, match="half of a character"):
+        Engine(gpt(), tokenizer).submit("a\ud800")
