@@ -52,6 +52,7 @@ from pipelines.lib.shards import (
     dtype_for,
     file_sha256,
     folder_sha256,
+    make_folder,
     read_manifest,
     write_atomically,
     write_json,
@@ -343,20 +344,27 @@ def run(config: TokenizeConfig) -> Path:
     if not _is_new(out, state, config):
         _print_summary(out, config, plan, None)
         return out
-    with _lock(out), _terminable():
-        write_atomically(out / SETTINGS, write_yaml({**state, "out": str(out)}).encode())
-        for leftover in [*out.glob(".*.tmp"), *(out / RECORDS).glob(".*.tmp")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        (out / RECORDS).mkdir(exist_ok=True)
-        encoder, eot_id = _prepare_tokenizer(config, origin, plan)
-        job = Job(origin, str(out), units, encoder.backend, dtype_for(encoder.vocab_size).name, eot_id, config.seed)
-        job = _with_split(job, config, plan)
+    with _lock(out) as made, _terminable():
+        if not _is_new(out, state, config):  # another process has just finished it
+            _print_summary(out, config, plan, None)
+            return out
+        with _undone(out, made):
+            if _begun_by(out, state):
+                for leftover in [*out.glob(".*.tmp"), *(out / RECORDS).glob(".*.tmp")]:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            else:
+                _clear(out)
+            write_atomically(out / SETTINGS, write_yaml({**state, "out": str(out)}).encode())
+            (out / RECORDS).mkdir(exist_ok=True)
+            encoder, eot_id = _prepare_tokenizer(config, origin, plan)
+            job = Job(origin, str(out), units, encoder.backend, dtype_for(encoder.vocab_size).name, eot_id, config.seed)
+            job = _with_split(job, config, plan)
         records = _finished(job)
         pending = [unit for unit in range(len(units)) if unit not in records]
         if records:
             print(f"{out}: going on, {len(records)} of {len(units)} units are done", flush=True)
         figures = _work(job, config, plan, pending, records)
-        manifest = _merge(job, config, plan, [records[unit] for unit in range(len(units))], encoder)
+        manifest = _merge(job, config, plan, [records[unit] for unit in range(len(units))], encoder, made)
     _print_summary(out, config, plan, figures)
     _track(config, manifest, figures)
     return out
@@ -410,9 +418,10 @@ def _is_new(out: Path, state: dict[str, Any], config: TokenizeConfig) -> bool:
         return True
     if not (out / SETTINGS).is_file():
         raise InputError(f"out={out} exists and holds other files; choose another out=, or empty it")
-    old = read_yaml((out / SETTINGS).read_text(encoding="utf-8"), str(out / SETTINGS))
-    before, now = flatten({k: v for k, v in old.items() if k != "out"}), flatten(json.loads(json.dumps(state)))
+    before, now = flatten(_settings_of(out)), flatten(json.loads(json.dumps(state)))
     differing = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if differing and _holds_nothing(out):
+        return True
     if differing == ["corpus"]:
         raise InputError(
             f"out={out} was made when the source had other files or sizes; choose another out=, or delete it"
@@ -426,15 +435,70 @@ def _is_new(out: Path, state: dict[str, Any], config: TokenizeConfig) -> bool:
     return False
 
 
+def _settings_of(out: Path) -> dict[str, Any]:
+    """The settings that `out` was begun with, as plain data; {} without any."""
+    path = out / SETTINGS
+    tree = read_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+    return {k: v for k, v in tree.items() if k != "out"} if isinstance(tree, dict) else {}
+
+
+def _begun_by(out: Path, state: dict[str, Any]) -> bool:
+    return flatten(_settings_of(out)) == flatten(json.loads(json.dumps(state)))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or folder in `out` is one that this stage writes."""
+    name = path.name
+    is_shard = name.startswith(("train-", "val-")) and name.endswith(".arrow")
+    is_temporary = name.startswith(".") and name.endswith(".tmp")
+    return is_shard or is_temporary or name in (SETTINGS, RECORDS, LOCK, MANIFEST, TOKEN_BYTES, "tokenizer")
+
+
+def _holds_nothing(out: Path) -> bool:
+    """Whether a start left only what this stage can throw away: settings, perhaps a tokenizer, no finished unit."""
+    is_start = {"source", "tokenizer", "corpus", "split"} <= _settings_of(out).keys()
+    is_empty = not (out / MANIFEST).exists() and not any((out / RECORDS).glob("*.json"))
+    return is_start and is_empty and all(map(_is_ours, out.iterdir()))
+
+
+def _clear(out: Path) -> None:
+    """Delete what this stage has written into `out`, but for the lock."""
+    for path in [p for p in out.iterdir() if _is_ours(p) and p.name != LOCK]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """One driver at a time in a folder; a dead driver's lock is no lock."""
+def _undone(out: Path, made: Sequence[Path]) -> Iterator[None]:
+    """A start that fails leaves nothing, unless units of an earlier one are there. made: folders to delete then.
+
+    A start that is stopped or killed leaves the tokenizer, for the same command to go on with.
+    """
+    try:
+        yield
+    except Exception:
+        if not any((out / RECORDS).glob("*.json")):
+            _discard(out, made)
+        raise
+
+
+def _discard(out: Path, made: Sequence[Path]) -> None:
+    """Delete what this stage has written into `out`, and those of the folders `made` (deepest first) left empty."""
+    _clear(out)
+    (out / LOCK).unlink(missing_ok=True)
+    for folder in made:
+        with contextlib.suppress(OSError):  # someone else's files
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[list[Path]]:
+    """One driver at a time in a folder; a dead driver's lock is no lock. Yields the folders made for it."""
     from filelock import FileLock, Timeout
 
-    out.mkdir(parents=True, exist_ok=True)
+    made = make_folder(out)
     try:
         with FileLock(out / LOCK, timeout=0):
-            yield
+            yield made
     except Timeout:
         raise InputError(
             f"out={out}: another process is tokenizing into it; wait for it, or choose another out="
@@ -481,7 +545,6 @@ def _prepare_tokenizer(config: TokenizeConfig, origin: Source, plan: Plan) -> tu
 
         made = kind.make(texts)
         if kind.reads_corpus != "nothing" and not used:
-            shutil.rmtree(out)
             if not seen:
                 raise InputError(f"the corpus is empty: no document of {_source_name(config)} holds text")
             raise InputError(
@@ -634,7 +697,12 @@ def _watched(job: Job, pending: Sequence[int], count: Count, progress: Progress)
 
 
 def _merge(
-    job: Job, config: TokenizeConfig, plan: Plan, records: Iterable[dict[str, Any]], encoder: Encoder
+    job: Job,
+    config: TokenizeConfig,
+    plan: Plan,
+    records: Iterable[dict[str, Any]],
+    encoder: Encoder,
+    made: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """The manifest from the records, in the order of the units. Raises InputError if a split asked for is empty."""
     out = Path(job.out)
@@ -648,7 +716,7 @@ def _merge(
     documents = counts.pop("train_documents", 0) + counts.pop("val_documents", 0)
     wants_val = config.val_documents != 0 and (config.val_fraction > 0 or config.val_documents is not None)
     if not n["train"] or (wants_val and not n["val"]):
-        shutil.rmtree(out)  # nothing here can be used, and the settings must change
+        _discard(out, made)  # nothing here can be used, and the settings must change
         if not sum(n.values()):
             said = ", ".join(f"{k} {name.replace('_', ' ')}" for name, k in counts.items())
             raise InputError(

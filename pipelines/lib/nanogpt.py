@@ -37,6 +37,7 @@ from pipelines.lib.shards import (
     file_sha256,
     fingerprint,
     folder_sha256,
+    make_folder,
     write_atomically,
     write_manifest,
     write_shard,
@@ -330,7 +331,7 @@ def to_nanogpt(folder: TokenFolder, out: Path) -> dict[str, int]:
     The type is nanoGPT's: uint16 up to 65535 ids, else uint32. The tokenizer is copied to out/tokenizer, since nanoGPT
     has no place for one. Returns {split: tokens}.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     dtype = np.dtype("<u2" if folder.vocab_size <= 65535 else "<u4")
     counts = {}
     for name, tokens in folder.splits.items():
@@ -380,7 +381,7 @@ def from_foreign(
     high = _id_range(folder.splits)[1]
     if high >= len(made):
         raise InputError(f"the tokenizer has {len(made)} ids, but {folder.path} holds token id {high}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     made.save_pretrained(str(out / "tokenizer"))
     table = vocab.token_bytes(made)
     buffer = io.BytesIO()

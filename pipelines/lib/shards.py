@@ -80,6 +80,16 @@ def write_shard(path: Path, tokens: np.ndarray, offsets: np.ndarray, n_bytes: in
     return entry
 
 
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder for output. Returns the folders that were not there before, deepest first. Raises InputError."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: no folder can be made here ({error.strerror}); give another out=") from None
+    return missing
+
+
 def write_atomically(path: Path, data: Any) -> None:
     """Write bytes under a temporary name beside `path`, then rename. A kill leaves the old file or the new one.
 

@@ -325,6 +325,7 @@ def test_a_full_disk_names_the_file_and_the_bytes(corpus, tmp_path, monkeypatch)
         (["source=three", "out=one.txt"], "is a file"),
         (["compare", "missing.txt", "bytes"], "no such file"),
         (["convert", "missing", "out=y"], "no such file or folder"),
+        (["source=three", "tokenizer=bytes", "out=/dev/null/x"], "no folder can be made here"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, words, says):
@@ -343,7 +344,44 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd
     error = capfd.readouterr().err
     assert re.search(says, error), error
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert not (tmp_path / "made/manifest.json").exists()
+    assert not (tmp_path / "made").exists()  # the corrected command can have the folder
+
+
+def test_a_failed_start_leaves_the_folder_to_the_corrected_command(corpus, tmp_path):
+    path, _ = corpus
+    (tmp_path / "without").mkdir()
+    (tmp_path / "mine").mkdir()
+    for out in ("deep/new", "mine"):
+        with pytest.raises(InputError, match=r"no tokenizer\.json"):
+            tokenize.run(config(path, tmp_path / out, tokenizer=str(tmp_path / "without")))
+    assert not (tmp_path / "deep").exists() and not any((tmp_path / "mine").iterdir())
+    tokenize.run(config(path, tmp_path / "mine", tokenizer="bytes"))
+
+
+def test_a_start_killed_before_any_unit_counts_as_new(corpus, tmp_path, monkeypatch):
+    path, _ = corpus
+    out = tmp_path / "out"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "_work", killed)
+        with pytest.raises(SystemExit):
+            tokenize.run(config(path, out))
+    assert (out / "tokenizer").is_dir()  # for the same command to go on with
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"made with tokenizer=bpe \(now bytes\)"):
+        tokenize.run(config(path, out, tokenizer="bytes"))
+    (out / "notes.txt").unlink()
+    tokenize.run(config(path, out, tokenizer="bytes"))
+    assert TokenFolder.open(out).vocab_size == 257
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "config.yaml").write_text("steps: 5\n")
+    with pytest.raises(InputError, match="was made with"):
+        tokenize.run(config(path, run_folder))
+    assert (run_folder / "config.yaml").read_text() == "steps: 5\n"
 
 
 def test_help_needs_no_ray():
