@@ -783,14 +783,15 @@ def _print_summary(out: Path, config: TokenizeConfig, plan: Plan, figures: dict[
             f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['documents_per_s']:,.0f} documents/s, "
             f"{figures['bytes'] / max(figures['seconds'], 1e-9) / 1e6:.1f} MB/s"
         )
-    shown = _shown(out)
-    print(f"next: python -m pipelines.train data={shown} out=runs/{out.name}", flush=True)
+    print(f"next: {next_command(out)}", flush=True)
 
 
-def _shown(path: Path) -> str:
+def next_command(out: Path) -> str:
+    """The line for a shell that trains the smallest recipe on the shards in `out`."""
+    shown = out
     with contextlib.suppress(ValueError):
-        path = path.relative_to(Path.cwd())
-    return shlex.quote(str(path))
+        shown = out.relative_to(Path.cwd())
+    return shlex.join(["python", "-m", "pipelines.train", "gpt_debug", f"data={shown}", f"out=runs/{out.name}"])
 
 
 def _track(config: TokenizeConfig, manifest: dict[str, Any], figures: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -276,6 +277,18 @@ def test_the_same_settings_reuse_and_others_are_refused_with_the_difference(corp
     (path / "0.jsonl").write_text('{"text": "changed"}\n')
     with pytest.raises(InputError, match="other files or sizes"):
         tokenize.run(config(path, tmp_path / "out"))
+
+
+def test_the_next_line_is_a_command_that_training_takes(corpus, tmp_path, monkeypatch, capsys):
+    from pipelines.lib.config import assemble
+    from pipelines.lib.training import TrainConfig
+
+    monkeypatch.chdir(tmp_path)
+    tokenize.run(config(corpus[0], tmp_path / "my data's", tokenizer="bytes"))
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
+    assert words[:3] == ["python", "-m", "pipelines.train"]
+    train = assemble(words[3:], TrainConfig)
+    assert (train.data, train.out) == ("my data's", "runs/my data's")
 
 
 def test_a_second_driver_in_the_same_folder_is_refused(corpus, tmp_path):
