@@ -367,17 +367,19 @@ def from_foreign(
     Documents come from the offsets, else from end-of-text tokens, else the split is one document. A shard ends with
     the last document that fits into shard_tokens; a document longer than that is cut and counted once per piece.
     tokenizer: what made the tokens; without it the one beside them, or one made from meta.pkl's characters.
+    Raises InputError if it gives other ids than what lies beside the tokens, or none is known.
     """
     from pipelines.lib import vocab
 
-    made = tokenizer
-    if made is None and folder.tokenizer_dir is not None:
-        made = vocab.load_tokenizer(folder.tokenizer_dir)
+    beside, where = _tokenizer_beside(folder.path)
+    if tokenizer is not None and beside is not None and tokenizer.get_vocab() != beside.get_vocab():
+        raise InputError(
+            f"{where} beside the tokens has {len(beside)} ids for other pieces of text than the tokenizer given "
+            f"({len(tokenizer)} ids); leave tokenizer= out to use what lies there"
+        )
+    made = tokenizer or beside
     if made is None:
-        itos = read_meta(folder.path / "meta.pkl").get("itos") if (folder.path / "meta.pkl").is_file() else None
-        if not itos or not all(isinstance(c, str) and len(c) == 1 for c in itos.values()):
-            raise InputError(f"{folder.path}: no tokenizer beside the tokens; name one with tokenizer=FOLDER")
-        made = vocab.chars_tokenizer([itos[i] for i in sorted(itos)])
+        raise InputError(f"{folder.path}: no tokenizer beside the tokens; name one with tokenizer=FOLDER")
     high = _id_range(folder.splits)[1]
     if high >= len(made):
         raise InputError(f"the tokenizer has {len(made)} ids, but {folder.path} holds token id {high}")
@@ -420,6 +422,20 @@ def from_foreign(
             "splits": splits,
         },
     )
+
+
+def _tokenizer_beside(path: Path) -> tuple[PreTrainedTokenizerFast | None, Path]:
+    """(the tokenizer in a folder of tokens, where it was found): tokenizer/, or the characters of meta.pkl."""
+    from pipelines.lib import vocab
+
+    folder, meta = path / "tokenizer", path / "meta.pkl"
+    if folder.is_dir():
+        return vocab.load_tokenizer(folder), folder
+    itos = (read_meta(meta).get("itos") if meta.is_file() else None) or {}
+    is_characters = all(isinstance(c, str) and len(c) == 1 for c in itos.values())
+    if not itos or not is_characters or sorted(itos) != list(range(len(itos))):
+        return None, meta
+    return vocab.chars_tokenizer([itos[i] for i in range(len(itos))]), meta
 
 
 def _cuts(tokens: Tokens, shard_tokens: int) -> Iterator[tuple[int, int, np.ndarray]]:

@@ -11,6 +11,7 @@ import pytest
 from pipelines.lib.config import InputError
 from pipelines.lib.nanogpt import from_foreign, read_meta, to_nanogpt
 from pipelines.lib.shards import TokenFolder
+from pipelines.lib.vocab import Vocabulary, load_tokenizer
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n" * 30
 
@@ -62,6 +63,20 @@ def test_both_conversions_give_the_tokens_back(tmp_path):
     for name in ("train.bin", "val.bin"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     assert read_meta(tmp_path / "back" / "meta.pkl") == read_meta(source / "meta.pkl")
+
+
+def test_ids_are_not_relabelled_by_another_tokenizer_than_the_one_beside_them(tmp_path):
+    foreign = TokenFolder.open(prepare_as_nanogpt(tmp_path / "n"))
+    given = Vocabulary.kinds["bytes"]().make(lambda: [])
+    with pytest.raises(InputError, match=r"n/meta\.pkl beside the tokens has \d+ ids for other pieces"):
+        from_foreign(foreign, tmp_path / "s", tokenizer=given)
+    assert not (tmp_path / "s").exists()
+    from_foreign(foreign, tmp_path / "s")
+    to_nanogpt(TokenFolder.open(tmp_path / "s"), tmp_path / "back")
+    with pytest.raises(InputError, match="back/tokenizer beside the tokens"):
+        from_foreign(TokenFolder.open(tmp_path / "back"), tmp_path / "again", tokenizer=given)
+    same = load_tokenizer(tmp_path / "s")
+    assert from_foreign(TokenFolder.open(tmp_path / "back"), tmp_path / "again", tokenizer=same)["eot_id"] is None
 
 
 def test_shards_are_cut_at_document_ends(tmp_path):
