@@ -29,6 +29,7 @@ class Part:
     """
 
     kinds: typing.ClassVar[dict[str, type]]
+    of_word: typing.ClassVar[Any] = None  # where any other word means something too (a path): word -> part
 
 
 class Raw(str):
@@ -152,6 +153,10 @@ def _kind(tp: type[Part], value: Any, at: str) -> tuple[type, Any]:
     kind = options.pop("kind", None)
     if kind is None:
         raise ConfigError(f"{join(at, 'kind')} is required; there is {', '.join(base.kinds)}")
+    if kind not in base.kinds and base.of_word is not None:
+        part = base.of_word(kind)
+        options = {**plain(part), **options}
+        kind = options.pop("kind")
     if kind not in base.kinds:
         raise ConfigError(f"{at}: {base.__name__} {kind!r} does not exist{near(kind, base.kinds)}")
     if not issubclass(base.kinds[kind], tp):

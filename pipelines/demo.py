@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from models.spec import build
 from pipelines.lib.config import InputError, command, overlay, recipe
@@ -64,11 +65,19 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
 def tokenize(config: DemoConfig) -> Path:
     from pipelines import tokenize as stage
 
-    tree = {
+    tree: dict[str, Any] = {
         "source": config.source,
         "tokenizer": {"kind": "bpe", "vocab_size": config.vocab_size},
         "out": config.data,
+        "track": config.track,
     }
+    path = Path(config.source)
+    if path.is_file():
+        tree |= {"split": "tail", "val_fraction": 0.1}  # one document has no other document to validate on
+    elif path.is_dir():
+        files = sum(p.is_file() for p in path.rglob("*"))
+        if files < 100:
+            tree |= {"val_documents": max(1, files // 20)}
     stage.run(build(stage.TokenizeConfig, tree))
     return Path(config.data)
 
@@ -87,8 +96,8 @@ def train(config: DemoConfig) -> None:
         raise SystemExit(code)
 
 
-def ask(config: DemoConfig) -> str:
-    """Start the endpoint, send one request, stop it. Returns the answer's text."""
+def ask(config: DemoConfig) -> None:
+    """Start the endpoint, send one request and show the answer, stop it."""
     from pipelines.lib.cluster import ensure_ray
 
     ensure_ray()
@@ -116,9 +125,8 @@ def ask(config: DemoConfig) -> str:
         with urllib.request.urlopen(request, timeout=120) as answer:
             reply = json.load(answer)
         print(f"200 {json.dumps(reply['usage'])}\n{config.prompt}{reply['choices'][0]['text']}", flush=True)
-        return reply["choices"][0]["text"]
     finally:
-        serve.shutdown()
+        serve.delete("demo")
 
 
 def free_port() -> int:
@@ -144,7 +152,7 @@ def quality(config: DemoConfig) -> dict[str, float]:
     return {"this model": ours, **compression_baselines(text, ids, len(text.encode()))}
 
 
-def summary(config: DemoConfig, times: dict[str, float], answer: str) -> None:
+def summary(config: DemoConfig, times: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -156,15 +164,14 @@ def summary(config: DemoConfig, times: dict[str, float], answer: str) -> None:
     folder = TokenFolder.open(config.data)
     last = [json.loads(line) for line in run.metrics.read_text().splitlines()][-1]
     console.rule("[bold]what was made", align="left")
-    made = Table(show_header=False, box=None, padding=(0, 2))
     tokens = {name: split.n_tokens for name, split in folder.splits.items()}
-    made.add_row("tokens", f"{tokens['train']:,} to train on, {tokens['val']:,} to validate", config.data)
-    made.add_row(
-        "model", f"{run.pointed('best')}, trained on {last['train/tokens']:,} tokens", f"{config.out}/checkpoints"
-    )
-    made.add_row("metrics, samples", f"{last['step']:,} updates", f"{config.out}/metrics.jsonl, samples.txt")
-    console.print(made)
-    scores = Table(title="bits per byte of the validation text (fewer is better)", title_justify="left")
+    for what, where in (
+        (f"{tokens['train']:,} tokens to train on, {tokens['val']:,} to validate", config.data),
+        (f"a model trained on {last['train/tokens']:,} tokens", f"{config.out}/checkpoints/{run.pointed('best')}"),
+        (f"metrics of {last['step']:,} updates, samples", f"{config.out}/metrics.jsonl, {config.out}/samples.txt"),
+    ):
+        console.print(f"  {what + ':':52} {where}", highlight=False, soft_wrap=True)
+    scores = Table(title="bits per byte of the validation text", title_style="", title_justify="left")
     scores.add_column("by")
     scores.add_column("bits per byte", justify="right")
     for name, value in sorted(quality(config).items(), key=lambda item: item[1]):
@@ -193,8 +200,8 @@ def run(config: DemoConfig) -> int:
     with timed(times, "training"):
         train(config)
     with timed(times, "endpoint"):
-        answer = ask(config)
-    summary(config, times, answer)
+        ask(config)
+    summary(config, times)
     return 0
 
 

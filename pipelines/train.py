@@ -9,6 +9,7 @@ An `out=` that exists is resumed when the settings are the same (its length may 
 from __future__ import annotations
 
 import dataclasses as dc
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 from models.spec import plain
 from pipelines.lib.config import InputError, command
+from pipelines.lib.run import Run
 from pipelines.lib.training import HOW, LENGTHS, Mix, TrainConfig, growth_only
 
 
@@ -50,17 +52,17 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
 def start_from(config: TrainConfig, path: Path) -> TrainConfig:
     """Take the architecture of the model that a run starts from; dropout stays the run's own.
 
-    Raises InputError for a layout that neither is ours nor is read by models.convert.
+    Raises InputError for a layout that neither is ours nor is read by models.convert, for `model` settings that say
+    otherwise, and for another tokenizer than the data's.
     """
-    from transformers import AutoConfig
-
     from models.convert import LAYOUTS
-    from models.lm import FamilyConfig
-    from models.spec import near
+    from models.family import FamilyConfig
+    from models.spec import flatten, near
+    from pipelines.lib.model_folder import open_folder
     from pipelines.lib.run import resolve
 
     folder = resolve(path)
-    found = AutoConfig.from_pretrained(folder)
+    found = open_folder(folder).config
     if isinstance(found, FamilyConfig):
         spec = found.spec
     elif found.model_type in LAYOUTS:
@@ -70,16 +72,28 @@ def start_from(config: TrainConfig, path: Path) -> TrainConfig:
             f"init_from={folder}: its layout {found.model_type!r} is not read{near('', LAYOUTS)} and our own"
         )
     spec = dc.replace(spec, dropout=cast(Any, config.model).dropout)
+    asked, usual, has = (flatten(plain(m)) for m in (config.model, type(config.model)(), spec))
+    against = [
+        f"model.{k}={v} but it has {has.get(k)}" for k, v in asked.items() if v not in (usual.get(k), has.get(k))
+    ]
+    if against:
+        raise InputError(f"init_from={folder} brings its architecture along ({'; '.join(against)}); leave model out")
+    ours, theirs = (Path(p) / "tokenizer.json" for p in (folder, Path(config.mixes[0].path) / "tokenizer"))
+    if ours.is_file() and theirs.is_file() and json.loads(ours.read_text()) != json.loads(theirs.read_text()):
+        raise InputError(
+            f"init_from={folder} has another tokenizer than {config.mixes[0].path}; tokenize with tokenizer={folder}"
+        )
     return dc.replace(config, init_from=str(folder), model=spec)
 
 
 def open_run(config: TrainConfig) -> tuple[Any, bool]:
     """The run folder of a config, and whether it goes on with an earlier run. Raises InputError with the difference."""
-    from pipelines.lib.run import Run, differences
+    from pipelines.lib.run import differences
 
     run = Run(config.out)
     if not run.exists():
-        if run.path.is_dir() and any(p for p in run.path.iterdir() if not p.name.startswith(".")):
+        strange = run.path.is_dir() and any(p for p in run.path.iterdir() if not p.name.startswith("."))
+        if strange and not run.config.is_file():
             raise InputError(f"out={run.path} holds something that is no run (no config.yaml); choose another folder")
         return run, False
     old, new = run.read_config(), plain(config)
@@ -125,7 +139,9 @@ def run(config: TrainConfig) -> int:
             tracker.mirror(the_run.metrics)
             on_checkpoint = lambda step, path: tracker.checkpoint(path, step)
             with Watch(the_run, total, on_checkpoint) as watch, stop_on_signal(the_run, watch.say):
-                outcome = in_process(job, config) if config.num_workers == 0 else on_ray(job, config, watch.say)
+                outcome = nothing_left(the_run, total, [folder.fingerprint for folder in folders])
+                if outcome is None:
+                    outcome = in_process(job, config) if config.num_workers == 0 else on_ray(job, config, watch.say)
             status = "KILLED" if outcome.stopped == "asked to stop" else "FINISHED"
         finally:
             for path in (the_run.samples, the_run.log):
@@ -136,6 +152,20 @@ def run(config: TrainConfig) -> int:
             tracker.plot("loss", ["train/nll", "val/nll"])
             tracker.close(status)
     return summary(the_run, outcome)
+
+
+def nothing_left(the_run: Run, total: int | None, data: list[str]) -> Any:
+    """The outcome of a run that has its length already, so that no worker is started to find nothing to do."""
+    from pipelines.lib.checkpoint import read_state
+    from pipelines.lib.loop import Outcome
+
+    newest = the_run.newest_valid()
+    if newest is None or total is None:
+        return None
+    state = read_state(newest)
+    if state.step < total or state.owed is not None or state.data != data:
+        return None
+    return Outcome(state.step, {"val/best_nll": state.best} if state.best is not None else {})
 
 
 def _samples_per_epoch(config: TrainConfig, folders: list) -> int:

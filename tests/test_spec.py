@@ -151,6 +151,24 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: two lines\n"
 
 
+def test_a_key_that_stands_twice_is_named():
+    with pytest.raises(InputError, match="line 2: 'steps' stands twice"):
+        read_yaml("steps: 3\nsteps: 4\n")
+
+
+def test_one_of_several_names_replaces_the_recipes(tmp_path):
+    @dataclass(frozen=True)
+    class Length:
+        ONE_OF = (("steps", "seconds"),)
+        steps: int | None = None
+        seconds: float | None = None
+
+    (tmp_path / "r.yaml").write_text("steps: 5\n")
+    assert assemble([str(tmp_path / "r.yaml"), "seconds=2"], Length) == Length(None, 2.0)
+    assert assemble(["seconds=2", "steps=3"], Length) == Length(3, None)
+    assert assemble(["seconds=null", "steps=3"], Length) == Length(3, None)
+
+
 def test_flatten_gives_one_dotted_name_per_setting():
     assert flatten(plain(Config(norm=(RMS(), Partial())))) == {
         "out": "runs/x", "norm[0]": "rmsnorm", "norm[0].eps": 1e-6, "norm[1]": "prmsnorm", "norm[1].fraction": 0.25,

@@ -28,7 +28,6 @@ from pipelines.lib.run import FORMAT_VERSION, MANIFEST, Run, write_atomic
 from pipelines.lib.shards import file_sha256
 
 STATE = "training_state"
-disable_progress_bar()  # transformers draws one per weight file
 
 
 @dataclass
@@ -37,6 +36,7 @@ class State:
 
     step: updates made.  samples, tokens: consumed by them.  elapsed_s: spent training, over all attempts.
     best: lowest validation loss so far (nats).  stale: evaluations since then.  skipped: non-finite steps so far.
+    owed: the log row of this step, if a stop request left out its validation.
     plan: hash of the data order.  data: fingerprints of the token folders.
     """
 
@@ -48,6 +48,7 @@ class State:
     best_step: int | None = None
     stale: int = 0
     skipped: int = 0
+    owed: dict[str, float] | None = None
     plan: str = ""
     data: list[str] = field(default_factory=list)
 
@@ -117,6 +118,7 @@ class Checkpoints:
             free = shutil.disk_usage(temporary).free
             if free < need:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            disable_progress_bar()  # transformers draws one per weight file
             model.save_pretrained(temporary, state_dict=weights)
             if self.tokenizer is not None:
                 for path in self.tokenizer.iterdir():

@@ -30,7 +30,15 @@ class InputError(Exception):
 
 
 class Yaml(yaml.SafeLoader):
-    """YAML 1.2 scalars: 6e-3 is a number; `no`, 0123 and 12:30 are the words they look like."""
+    """YAML 1.2 scalars: 6e-3 is a number; `no`, 0123 and 12:30 are the words they look like. A key stands once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 Yaml.yaml_implicit_resolvers = {
@@ -53,11 +61,6 @@ def read_yaml(text: str, where: str = "") -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise InputError(f"{where or 'YAML'}{line}: {getattr(error, 'problem', None) or error}") from None
-
-
-def write_config(path: Path, config: Any) -> None:
-    """Write the resolved config of a stage beside its output, as a recipe that any stage reads back."""
-    path.write_text(write_yaml({"format_version": FORMAT_VERSION, **plain(config)}), encoding="utf-8")
 
 
 def write_yaml(tree: Any) -> str:
@@ -178,19 +181,34 @@ def assemble(words: Sequence[str], cls: type, positional: str | None = None) -> 
         elif positional is not None and positional not in tree and not word.endswith((".yaml", ".yml")):
             key, value = positional, word
         else:
-            tree = overlay(tree, recipe(word))
-            continue
-        if key == "recipe" and "recipe" not in names:
-            tree = overlay(tree, recipe(value))
+            key, value = "recipe", word
+        if key == "recipe" and (value is word or "recipe" not in names):
+            laid = recipe(value)
+            tree = overlay(one_of(cls, tree, laid), laid)
             continue
         parsed: Any = scalar(value)
         tp = names[key][0] if key in names else None
-        if _takes_text(tp) and not (_is_repeatable(tp) and value.startswith("[")) and value not in ("null", "~"):
+        is_list = value.startswith("[") and any(
+            typing.get_origin(t) in (list, tuple) for t in (tp, *typing.get_args(tp))
+        )
+        if _takes_text(tp) and not is_list and value not in ("null", "~"):
             parsed = value  # `--prompt "Once: upon"` is text, whatever YAML would make of it
         if key in tree and _is_repeatable(tp) and not isinstance(parsed, list):
             parsed = [*(tree[key] if isinstance(tree[key], list) else [tree[key]]), parsed]
-        tree = override(tree, key, parsed)
+        tree = override(one_of(cls, tree, {key: parsed}), key, parsed)
     return build(cls, defaults_under(cls, tree))
+
+
+def one_of(cls: type, tree: dict[str, Any], laid: dict[str, Any]) -> dict[str, Any]:
+    """Drop from `tree` what `laid` replaces though it has another name: `seconds=20` over a recipe's `steps`."""
+    dropped = {
+        name
+        for group in getattr(cls, "ONE_OF", ())
+        if any(laid.get(k) is not None and getattr(laid[k], "value", 0) is not None for k in group)
+        for name in group
+        if name not in laid
+    }
+    return {k: v for k, v in tree.items() if k not in dropped}
 
 
 def _takes_text(tp: Any) -> bool:
@@ -232,13 +250,34 @@ def describe(cls: type, at: str = "", positional: str | None = None) -> list[str
         lines.append(f"  {at + name + '=' + str(shown):38} {text}".rstrip())
         if isinstance(default, Part) and dc.is_dataclass(default):
             lines += describe(type(default), f"{at}{name}.")
+        if base is not None:
+            lines += _other_kinds(base, type(default), at + name)
     return lines
 
 
-def usage(cls: type, positional: str | None = None) -> str:
-    """The whole of --help for a stage."""
-    stage = sys.modules[cls.__module__]
-    program = cls.__module__
+def _other_kinds(base: type[Part], but: type, at: str) -> list[str]:
+    """One line of --help for each kind that is not the default: its options with their defaults."""
+    lines = []
+    for kind, cls in base.kinds.items():
+        if cls is but or not fields(cls):
+            continue
+        options = []
+        for name, (_, f) in fields(cls).items():
+            default = f.default_factory() if f.default_factory is not dc.MISSING else f.default
+            shown = (
+                "..." if default is dc.MISSING else kind_of(default) if isinstance(default, Part) else plain(default)
+            )
+            options.append(
+                f"{name}: {'null' if shown is None else str(shown).lower() if isinstance(shown, bool) else shown}"
+            )
+        lines.append(f"    or {at}={{kind: {kind}, {', '.join(options)}}}")
+    return lines
+
+
+def usage(cls: type, positional: str | None = None, program: str | None = None) -> str:
+    """The whole of --help for a stage. program: the module that users run; its docstring comes first."""
+    program = program or cls.__module__
+    stage = sys.modules[program]
     word = f"{positional.upper()} " if positional else ""
     head = inspect.cleandoc(stage.__doc__ or cls.__doc__ or "")
     recipes = "RECIPE.yaml " if not positional else ""
@@ -254,7 +293,7 @@ def command(
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
     if {"-h", "--help"} & set(words):
-        print(usage(cls, positional))
+        print(usage(cls, positional, run.__module__ if run.__module__ in sys.modules else None))
         return 0
     try:
         outcome = run(assemble(words, cls, positional))
@@ -262,6 +301,11 @@ def command(
         if debug:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, FileNotFoundError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -461,6 +461,9 @@ def source(setting: Source | str) -> Source:
     return Files(setting)
 
 
+Source.of_word = staticmethod(source)  # so `source=notes/ source.separator=...` sets an option of `files`
+
+
 # ---- cleaning --------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ makes the same run, no random generator is ever saved, and a run killed anywhere
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 import zlib
@@ -22,14 +21,15 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import IGNORE
-from models.convert import LAYOUTS, read
-from models.families import create, load
+from models.convert import LAYOUTS
+from models.families import create
 from models.lm import LM
 from models.loss import Loss
 from models.spec import build
 from pipelines.lib.checkpoint import Checkpoints, State, restore
 from pipelines.lib.config import InputError
 from pipelines.lib.measure import hidden_statistics, peak_flops, update_ratio
+from pipelines.lib.model_folder import open_folder
 from pipelines.lib.order import Order, Source, key
 from pipelines.lib.run import Run
 from pipelines.lib.runlog import Log, Metrics, write_sample
@@ -38,14 +38,15 @@ from pipelines.lib.training import TrainConfig
 from pipelines.lib.world import World
 
 INIT, ORDER, DROPOUT = 0, 1, 2  # streams of the seed
+ASKED = "asked to stop"
 AHEAD = 4096  # sample numbers whose places are computed at once
 
 
-def source_model(folder: Path) -> LM:
+def open_source(folder: Path) -> LM:
     """The model to start from: a folder of ours, or one in a public layout that models.convert reads."""
-    if json.loads((folder / "config.json").read_text())["model_type"] in LAYOUTS:
-        return read(folder)
-    return cast(LM, load(folder, dtype=torch.float32))
+    model = open_folder(folder, "float32")
+    layout = LAYOUTS.get(model.config.model_type)
+    return cast(LM, layout.from_layout(model) if layout else model)
 
 
 @dataclass
@@ -175,14 +176,14 @@ class Trainer:
             from pipelines.lib.vocab import load_tokenizer
 
             self.tokenizer = load_tokenizer(self.folders[0].tokenizer_dir)
-        self.val = self.folders[0].split("val")
-        self.val_starts = validation_windows(self.val, config.context, config.eval_tokens)
+        self.vals = [folder.split("val") for folder in self.folders]
+        self.val_starts = [validation_windows(val, config.context, config.eval_tokens) for val in self.vals]
 
     def _model(self) -> LM:
         torch.manual_seed(key(self.config.init_stream, INIT))
         model = create(self.config.model)
         if self.config.init_from is not None:
-            model.load_state_dict(source_model(Path(self.config.init_from)).state_dict())
+            model.load_state_dict(open_source(Path(self.config.init_from)).state_dict())
         model.to(cast(Any, self.world.device))
         return model.train()
 
@@ -280,41 +281,61 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean over all validation windows: nats, perplexity, bits per byte; and statistics of the hidden states."""
-        world, rows, T = self.world, self.config.micro_batch, self.config.context
+        """Mean over all validation windows: nats, perplexity, bits per byte; and statistics of the hidden states.
+
+        With several token folders also nats per folder; the mean is over the targets of all of them.
+        """
         self.model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)
-        blocks = [self.val_starts[i : i + rows] for i in range(0, len(self.val_starts), rows)]
-        for starts in blocks[world.rank :: world.size]:
-            batch = self._validation_batch(starts, rows, T)
-            targets = batch["targets"]
-            with self.autocast():
-                _, nll = self.loss(**self.to_device(batch))
-            real = targets != IGNORE
-            n_bytes = float(self.token_bytes[targets[real]].sum()) if self.token_bytes is not None else 0.0
-            totals += torch.tensor([float(nll), float(real.sum()), n_bytes], dtype=torch.float64)
-        nll_sum, count, n_bytes = world.sum(totals).tolist()
+        totals = torch.stack([self._score(source) for source in range(len(self.vals))])
+        nll_sum, count, n_bytes = totals.sum(0).tolist()
         figures = {"val/nll": nll_sum / count, "val/ppl": math.exp(min(700.0, nll_sum / count))}
         if n_bytes:
             figures["val/bpb"] = nll_sum / math.log(2) / n_bytes
-        if world.rank == 0:
-            probe = self._validation_batch(
-                self.val_starts[: max(1, 2048 // T)], min(len(self.val_starts), max(1, 2048 // T)), T
-            )
-            figures |= hidden_statistics(self.model.hidden(probe["ids"].to(world.device)))
+        if len(self.vals) > 1:
+            for folder, (nll, targets, _) in zip(self.folders, totals.tolist(), strict=True):
+                figures[f"val/{Path(folder.path).name}/nll"] = nll / targets
+        if self.world.rank == 0:
+            T = self.config.context
+            starts = self.val_starts[0][: max(1, 2048 // T)]
+            probe = self._validation_batch(0, starts, len(starts), T)
+            figures |= hidden_statistics(self.model.hidden(probe["ids"].to(self.world.device)))
         self.model.train()
         return figures
 
-    def _validation_batch(self, starts: np.ndarray, rows: int, T: int) -> dict[str, Tensor]:
+    def _score(self, source: int) -> Tensor:
+        """[3] float64: summed nats, targets and bytes of one folder's validation windows, over all workers."""
+        rows, T = self.config.micro_batch, self.config.context
+        totals = torch.zeros(3, dtype=torch.float64)
+        starts = self.val_starts[source]
+        blocks = [starts[i : i + rows] for i in range(0, len(starts), rows)]
+        for block in blocks[self.world.rank :: self.world.size]:
+            batch = self._validation_batch(source, block, rows, T)
+            with self.autocast():
+                _, nll = self.loss(**self.to_device(batch))
+            targets = batch["targets"]
+            real = targets != IGNORE
+            n_bytes = float(self.token_bytes[targets[real]].sum()) if self.token_bytes is not None else 0.0
+            totals += torch.tensor([float(nll), float(real.sum()), n_bytes], dtype=torch.float64)
+        return self.world.sum(totals)
+
+    def _validation_batch(self, source: int, starts: np.ndarray, rows: int, T: int) -> dict[str, Tensor]:
         """Always [rows, T], so that a compiled loss sees one shape; what is not there is no target."""
+        val = self.vals[source]
         windows = np.zeros((rows, T + 1), np.int64)
-        length = np.minimum(T + 1, self.val.n_tokens - starts)
+        length = np.minimum(T + 1, val.n_tokens - starts)
         for n in np.unique(length):
-            windows[: len(starts)][length == n, :n] = self.val.batch(starts[length == n], int(n))
+            windows[: len(starts)][length == n, :n] = val.batch(starts[length == n], int(n))
         batch = as_batch(windows)
         there = torch.zeros(rows, dtype=torch.int64)
         there[: len(starts)] = torch.from_numpy(length - 1)
         batch["targets"] = batch["targets"].masked_fill(torch.arange(T) >= there[:, None], IGNORE)
+        if self.config.mask_documents:
+            doc = torch.zeros(rows, T, dtype=torch.int64)
+            pos = torch.arange(T).repeat(rows, 1)
+            for row, (start, n) in enumerate(zip(starts, length - 1, strict=True)):
+                ids, places = val.documents(int(start), int(n))
+                doc[row, :n], pos[row, :n] = torch.from_numpy(ids), torch.from_numpy(places)
+            batch |= {"doc": doc, "pos": pos}
         return batch
 
     # ---- checkpoints
@@ -372,10 +393,10 @@ def train(
     except (torch.OutOfMemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
-            half = max(1, config.micro_batch // 2)
+            smaller = [d for d in range(1, config.micro_batch // 2 + 1) if config.rows % d == 0]
             hint = (
-                f"try micro_batch={half}: the batch of batch_tokens={config.batch_tokens} stays the same"
-                if config.micro_batch > 1
+                f"try micro_batch={smaller[-1]}: the batch of batch_tokens={config.batch_tokens} stays the same"
+                if smaller
                 else "try activation_checkpointing=true, precision=bf16 or a smaller seq_len"
             )
             raise InputError(
@@ -402,6 +423,7 @@ class Course:
         self.window_began, self.window_steps, self.window_read_s = time.perf_counter(), 0, 0.0
 
     def to_the_end(self) -> Outcome:
+        self.pay_validation()
         self.look_at_patience()
         while not self.stopped and not self.long_enough():
             self.step()
@@ -409,6 +431,17 @@ class Course:
             self.trainer.checkpoints.wait()
         best = {"val/best_nll": self.state.best} if self.state.best is not None else {}
         return Outcome(self.state.step, self.latest | best, self.stopped)
+
+    def pay_validation(self) -> None:
+        """Make up for the validation that a stop request left out, so that the run equals one that was not stopped."""
+        if self.state.owed is None:
+            return
+        row, self.state.owed = dict(self.state.owed), None
+        row |= self.trainer.evaluate()
+        best = self.judge(row)
+        self.metrics.write(self.state.step, row)
+        self.trainer.save(best)
+        self.open_window()
 
     def long_enough(self) -> bool:
         if self.trainer.total is not None:
@@ -432,7 +465,7 @@ class Course:
         if not figures["applied"]:
             self.count_skipped()
         if figures["stop"]:
-            self.stopped = "asked to stop"
+            self.stopped = ASKED
         if self.trainer.total is None and self.long_enough():
             last = measured = True
         row, best = {}, False
@@ -441,7 +474,9 @@ class Course:
         if measured and not self.stopped:
             row |= self.trainer.evaluate()
             best = self.judge(row)
-        if row:
+        if measured and self.stopped == ASKED:
+            state.owed = row  # saving cannot wait for a validation; who resumes makes up for it
+        elif row:
             self.metrics.write(state.step, row)
         if best or self.stopped or last or state.step % (config.save_every or config.eval_every) == 0:
             self.trainer.save(best, wait=bool(self.stopped or last))
@@ -500,10 +535,15 @@ def samples(trainer: Trainer) -> None:
     """Continue the sample prompts (temperature 0.8, top-k 50, fixed seed) and add them to samples.txt."""
     if trainer.tokenizer is None:
         return
-    from serving.engine import Engine, SamplingParams
+    from serving.engine import Engine, RequestError, SamplingParams
 
     config = trainer.config
     params = SamplingParams(max_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
-    texts = Engine(trainer.model, trainer.tokenizer).generate(list(config.sample_prompts), params)
-    for prompt, text in zip(config.sample_prompts, texts, strict=True):
+    engine = Engine(trainer.model, trainer.tokenizer)
+    for prompt in config.sample_prompts:
+        try:
+            (text,) = engine.generate([prompt], params)
+        except RequestError as error:  # a prompt that this tokenizer or context cannot take costs no training
+            trainer.log(f"no sample of {prompt!r}: {error}")
+            continue
         write_sample(trainer.run.samples, trainer.state.step, prompt, text)

@@ -48,7 +48,8 @@ class Run:
     stop_request = property(lambda self: self.path / ".stop")
 
     def exists(self) -> bool:
-        return self.config.is_file()
+        """Whether something was trained here. A start that failed leaves a config at most, which counts for nothing."""
+        return self.config.is_file() and (self.metrics.is_file() or bool(self.steps()))
 
     def read_config(self) -> dict[str, Any]:
         return recipe(self.config)
@@ -80,7 +81,7 @@ class Run:
 
     def pointed(self, name: str) -> str | None:
         path = self.path / name
-        return path.read_text().strip() if path.is_file() else None
+        return path.read_text(errors="replace").strip() if path.is_file() else None
 
     def steps(self) -> list[int]:
         """Steps of the checkpoint folders that are there, valid or not, newest first."""
@@ -90,10 +91,17 @@ class Run:
                 found.append(int(path.name[5:]))
         return sorted(found, reverse=True)
 
-    def newest_valid(self, say: Callable[[str], None] = lambda message: None) -> Path | None:
-        """The newest checkpoint whose every file is as its manifest says; each damaged one is said and passed over."""
+    def newest_valid(
+        self, say: Callable[[str], None] = lambda message: None, but: frozenset[str] = frozenset()
+    ) -> Path | None:
+        """The newest checkpoint whose every file is as its manifest says; each damaged one is said and passed over.
+
+        but: names of checkpoints that are known to be damaged.
+        """
         for step in self.steps():
             path = self.checkpoints / f"step_{step}"
+            if path.name in but:
+                continue
             faults = damage(path)
             if not faults:
                 return path
@@ -148,15 +156,13 @@ def resolve(path: str | Path, which: str = "best", say: Callable[[str], None] = 
         return chosen
     if which not in ("best", "last"):
         raise InputError(f"which={which!r}; there is best, last, step_N")
-    for name in dict.fromkeys((which, "last")):
-        pointed = run.pointed(name)
-        if pointed is None:
-            continue
-        faults = damage(run.checkpoints / pointed)
+    named = dict.fromkeys(p for p in (run.pointed(which), run.pointed("last")) if p is not None)
+    for name in named:
+        faults = damage(run.checkpoints / name)
         if not faults:
-            return run.checkpoints / pointed
-        say(f"checkpoint {pointed} ({name}) is not usable ({'; '.join(faults)})")
-    newest = run.newest_valid(say)
+            return run.checkpoints / name
+        say(f"checkpoint {name} is not usable ({'; '.join(faults)}); trying another one")
+    newest = run.newest_valid(say, but=frozenset(named))
     if newest is None:
         raise InputError(f"{path}: no valid checkpoint yet; train it with python -m pipelines.train ... out={path}")
     return newest

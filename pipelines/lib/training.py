@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from models.families import Family
 from models.gpt.config import GPT
@@ -25,9 +25,10 @@ class Mix:
 
 
 # How a run is carried out, not what it computes: these may change when it is resumed.
+# (Another micro-batch keeps the data and the batch; where there is dropout, its masks differ from there on.)
 HOW = frozenset(
-    "out num_workers cpus_per_worker gpus_per_worker device threads max_failures wait_for_nodes keep_last keep_every "
-    "save_every track experiment name tags verify log_every format_version data".split()
+    "out data num_workers cpus_per_worker gpus_per_worker device threads micro_batch max_failures wait_for_nodes "
+    "verify keep_last keep_every save_every log_every sample_prompts sample_tokens track experiment name tags".split()
 )
 LENGTHS = ("steps", "tokens", "epochs", "seconds")
 
@@ -82,6 +83,8 @@ class TrainConfig:
     name: run name (null: the folder's)
     tags: free labels of the run
     """
+
+    ONE_OF: ClassVar[tuple[tuple[str, ...], ...]] = (LENGTHS,)
 
     data: str | tuple[Mix, ...]
     out: str
@@ -139,7 +142,9 @@ class TrainConfig:
         for k in ("num_workers", "z_loss", "keep_last", "keep_every", "max_failures", "max_skipped", "sample_tokens"):
             if getattr(self, k) < 0:
                 raise ValueError(f"{k}={getattr(self, k)} is negative")
-        for k in ("patience", "save_every", "seq_len", "grad_clip", "eval_tokens"):
+        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
+            raise ValueError(f"gpus_per_worker={self.gpus_per_worker} is negative; 0 trains without")
+        for k in ("patience", "save_every", "seq_len", "grad_clip", "eval_tokens", "threads"):
             if getattr(self, k) is not None and not getattr(self, k) > 0:
                 raise ValueError(f"{k}={getattr(self, k)} is not positive; null switches it off")
 
@@ -201,6 +206,8 @@ def growth_only(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Why the run may not go on with the new length: it shrank, or its unit changed. Empty when it may."""
     unit = [k for k in LENGTHS if old.get(k) is not None]
     now = [k for k in LENGTHS if new.get(k) is not None]
+    if not unit:
+        return ["length: its config.yaml has none"]
     if unit != now:
         return [f"length: {unit[0]}={old[unit[0]]} -> {now[0]}={new[now[0]]} (its unit may not change)"]
     if new[now[0]] < old[now[0]]:

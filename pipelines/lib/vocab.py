@@ -221,6 +221,9 @@ def vocabulary(setting: Vocabulary | str) -> Vocabulary:
     return Tiktoken(setting) if suffix == ".tiktoken" else HuggingFace(setting)
 
 
+Vocabulary.of_word = staticmethod(vocabulary)
+
+
 def existing(path: str | Path) -> Path:
     if not Path(path).is_file():
         raise InputError(f"tokenizer {path}: no such file")

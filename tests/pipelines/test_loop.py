@@ -104,7 +104,8 @@ def test_validation_is_the_mean_over_every_target_of_the_split_by_an_independent
     trainer = Trainer(config, Run(config.out), World(), Log(None))
     trainer.token_bytes = torch.ones(128, dtype=torch.int64)
     got = trainer.evaluate()
-    tokens = torch.from_numpy(trainer.val.window(0, trainer.val.n_tokens).astype(np.int64))
+    val = trainer.vals[0]
+    tokens = torch.from_numpy(val.window(0, val.n_tokens).astype(np.int64))
     model, total = trainer.model.double().eval(), 0.0
     for start in range(0, len(tokens) - 1, 32):
         piece = tokens[start : start + 33]
@@ -117,7 +118,7 @@ def test_validation_is_the_mean_over_every_target_of_the_split_by_an_independent
 
 def test_limited_validation_windows_are_spread_over_the_split(data, tmp_path):
     config = build(TrainConfig, tiny_config(data, tmp_path / "run"))
-    val = Trainer(config, Run(config.out), World(), Log(None)).val
+    val = Trainer(config, Run(config.out), World(), Log(None)).vals[0]
     whole, some = validation_windows(val, 32, None), validation_windows(val, 32, 32 * 5)
     assert len(some) == 5 and some[0] == 0 and some[-1] == whole[-1] and set(some) <= set(whole)
 
@@ -278,6 +279,53 @@ def test_a_request_to_stop_saves_at_the_next_step_and_the_run_goes_on_from_there
     assert same(weights(config["out"], 20), weights(whole["out"], 20))
 
 
+@pytest.mark.parametrize("at", [10, 20])
+def test_a_stop_on_a_validation_step_owes_the_validation_and_the_resumed_run_makes_up_for_it(
+    data, tmp_path, monkeypatch, at
+):
+    """Also on the last step of all: then only the validation is left to do."""
+    whole = tiny_config(data, tmp_path / "whole", steps=20)
+    train(job(whole))
+    config = {**whole, "out": str(tmp_path / "run")}
+    run = Run(config["out"])
+    update = Trainer.update
+
+    def asked(self, stop, measure):
+        return update(self, stop or self.state.step + 1 == at, measure)
+
+    monkeypatch.setattr(Trainer, "update", asked)
+    assert train(job(config)).stopped == "asked to stop"
+    assert at not in metrics(run.path)
+    monkeypatch.undo()
+    assert train(job(config)).stopped is None
+    a, b = metrics(whole["out"]), metrics(run.path)
+    assert a.keys() == b.keys()
+    for step in (10, 20):
+        assert a[step]["val/nll"] == b[step]["val/nll"] and a[step]["train/loss"] == b[step]["train/loss"]
+    assert run.pointed("best") == Run(whole["out"]).pointed("best") == "step_20"
+
+
+def test_several_folders_are_mixed_and_all_of_them_validated(data, tmp_path):
+    other = make_tokens(tmp_path / "other", seed=9)
+    mixes = [{"path": str(data), "weight": 3}, {"path": str(other)}]
+    config = {**tiny_config(data, tmp_path / "run", steps=4, eval_every=4), "data": mixes}
+    train(job(config))
+    row = metrics(config["out"])[4]
+    trainer = Trainer(build(TrainConfig, config), Run(tmp_path / "x"), World(), Log(None))
+    sizes = [val.n_tokens - 1 for val in trainer.vals]
+    parts = [row[f"val/{data.name}/nll"], row["val/other/nll"]]
+    mean = sum(p * n for p, n in zip(parts, sizes, strict=True)) / sum(sizes)
+    assert row["val/nll"] == pytest.approx(mean, rel=1e-6) and parts[0] != parts[1]
+
+
+def test_documents_are_masked_in_validation_as_in_training(data, tmp_path):
+    losses = []
+    for masked in (False, True):
+        config = build(TrainConfig, tiny_config(data, tmp_path / "run", mask_documents=masked))
+        losses.append(Trainer(config, Run(config.out), World(), Log(None)).evaluate()["val/nll"])
+    assert losses[0] != losses[1]
+
+
 def test_length_in_tokens_epochs_and_seconds_and_patience(data, tmp_path):
     def run(name, **changes):
         return train(job({**tiny_config(data, tmp_path / name), "steps": None, **changes}))
@@ -385,6 +433,9 @@ def test_out_of_memory_names_the_setting_and_a_smaller_micro_batch(data, tmp_pat
         InputError, match=r"out of memory with micro_batch=4 rows of 32; try micro_batch=2: .*384 stays"
     ):
         train(job(tiny_config(data, tmp_path / "a")))
+    # The offer can be taken up: the same run goes on with smaller micro-batches.
+    with pytest.raises(InputError, match=r"micro_batch=6 rows of 32; try micro_batch=3"):
+        train(job(tiny_config(data, tmp_path / "c", micro_batch=6)))
     with pytest.raises(InputError, match="try activation_checkpointing=true"):
         train(job(tiny_config(data, tmp_path / "b", micro_batch=1)))
 
