@@ -67,8 +67,9 @@ def open_foreign(path: Path) -> TokenFolder:
         if (path / "records").is_dir():
             raise InputError(f"{path}: tokenisation did not finish; run the same pipelines.tokenize command to resume")
         found = _token_files(path)
-        if (path / "meta.pkl").is_file():
-            meta = read_meta(path / "meta.pkl")
+    beside = _beside(path)
+    if (beside / "meta.pkl").is_file():
+        meta = read_meta(beside / "meta.pkl")
     splits: dict[str, list[Shard]] = {name: [] for name in found}
     dtypes = {}
     for split, files in found.items():
@@ -91,7 +92,7 @@ def open_foreign(path: Path) -> TokenFolder:
     vocab_size = meta.get("vocab_size") or max(GPT2_VOCAB_SIZE if is_bin else 0, high + 1)
     if low < 0 or high >= vocab_size:
         raise InputError(f"{path}: token ids {low} to {high} found, but the vocabulary has ids 0 to {vocab_size - 1}")
-    tokenizer_dir = path / "tokenizer" if (path / "tokenizer").is_dir() else None
+    tokenizer_dir = beside / "tokenizer" if (beside / "tokenizer").is_dir() else None
     manifest: dict[str, Any] = {
         "layout": "nanogpt" if is_bin else "numpy",
         "dtype": str(dtype),
@@ -125,6 +126,11 @@ def open_foreign(path: Path) -> TokenFolder:
     return TokenFolder(
         path, manifest, tokens, manifest["fingerprint"], vocab_size, tokenizer_dir, _meta_token_bytes(meta, vocab_size)
     )
+
+
+def _beside(path: Path) -> Path:
+    """Where the meta.pkl and tokenizer/ of a token folder, or of one .bin file, would lie."""
+    return path.parent if path.suffix == ".bin" and path.is_file() else path
 
 
 def _token_files(folder: Path) -> dict[str, list[Path]]:
@@ -428,7 +434,7 @@ def _tokenizer_beside(path: Path) -> tuple[PreTrainedTokenizerFast | None, Path]
     """(the tokenizer in a folder of tokens, where it was found): tokenizer/, or the characters of meta.pkl."""
     from pipelines.lib import vocab
 
-    folder, meta = path / "tokenizer", path / "meta.pkl"
+    folder, meta = _beside(path) / "tokenizer", _beside(path) / "meta.pkl"
     if folder.is_dir():
         return vocab.load_tokenizer(folder), folder
     itos = (read_meta(meta).get("itos") if meta.is_file() else None) or {}

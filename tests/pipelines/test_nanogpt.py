@@ -70,6 +70,8 @@ def test_ids_are_not_relabelled_by_another_tokenizer_than_the_one_beside_them(tm
     given = Vocabulary.kinds["bytes"]().make(lambda: [])
     with pytest.raises(InputError, match=r"n/meta\.pkl beside the tokens has \d+ ids for other pieces"):
         from_foreign(foreign, tmp_path / "s", tokenizer=given)
+    with pytest.raises(InputError, match=r"n/meta\.pkl beside"):  # one file of that folder is no way round it
+        from_foreign(TokenFolder.open(tmp_path / "n/train.bin"), tmp_path / "s", tokenizer=given)
     assert not (tmp_path / "s").exists()
     from_foreign(foreign, tmp_path / "s")
     to_nanogpt(TokenFolder.open(tmp_path / "s"), tmp_path / "back")
