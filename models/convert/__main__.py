@@ -4,7 +4,7 @@
     python -m models.convert SOURCE TARGET --to llama our folder -> a folder that transformers opens without our code
     python -m models.convert model.bin TARGET --tokens tok.bin      with llama2.c's vocabulary as a tokenizer
 
-Folders are local; the tokenizer's files are copied along.
+Folders are local and the target is a new or empty one; the tokenizer's files are copied along.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from models.spec import ConfigError
+from models.spec import ConfigError, near
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,17 +37,34 @@ def run(source: Path, target: Path, layout: str | None, tokens: Path | None) -> 
     from models.families import load
     from models.gpt.model import GPTForCausalLM
 
+    if not source.is_file() and not (source / "config.json").is_file():
+        raise ConfigError(f"{source} is neither a .bin file nor a folder with config.json")
+    if layout is not None and layout not in LAYOUTS:
+        raise ConfigError(f"--to {layout}: no such layout{near(layout, LAYOUTS)}")
+    if tokens is not None and not source.is_file():
+        raise ConfigError(f"--tokens {tokens}: for llama2.c's .bin files; the folder {source} has its own tokenizer")
+    if tokens is not None and not tokens.is_file():
+        raise ConfigError(f"--tokens {tokens}: no such file")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; a new or empty folder is needed")
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty; a new or empty folder is needed")
+    target.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     if source.is_file():
         model = llama2c.load(source)
         if tokens is not None:
             llama2c.Pieces.load(tokens, model.spec.vocab).tokenizer().save_pretrained(target)
             model.generation_config.bos_token_id, model.generation_config.eos_token_id = llama2c.BOS, [llama2c.BOS, 2]
-    elif (source / "config.json").is_file():
-        loaded = load(source)
-        model = loaded if isinstance(loaded, GPTForCausalLM) else read(source)
     else:
-        raise ConfigError(f"{source} is neither a .bin file nor a folder with config.json")
+        try:
+            loaded = load(source)
+            model = loaded if isinstance(loaded, GPTForCausalLM) else read(source)
+        except ConfigError:
+            raise
+        except Exception as error:  # transformers, safetensors, json and torch each have their own
+            said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+            raise ConfigError(f"{source}: not a model that can be opened ({said[:300]})") from error
     if layout is None:
         model.save_pretrained(target)
     else:
@@ -59,9 +77,17 @@ def run(source: Path, target: Path, layout: str | None, tokens: Path | None) -> 
     return f"{target}: {kind} layout, {model.spec.n_parameters():,} parameters (layouts: {', '.join(LAYOUTS)})"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "models.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        "python -m models.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)

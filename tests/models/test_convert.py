@@ -312,6 +312,12 @@ def test_the_command_converts_folders_and_their_tokenizers_both_ways(tmp_path, c
     "args, words",
     [
         (("{}/none", "{}/x"), "neither a .bin file nor a folder with config.json"),
+        (("{}/ours", "{}/short.bin"), "is a file; a new or empty folder is needed"),
+        (("{}/ours", "{}/other"), "is not empty; a new or empty folder is needed"),
+        (("{}/ours", "{}/ours"), "is not empty"),
+        (("{}/ours", "{}/x", "--tokens", "{}/short.bin"), "for llama2.c's .bin files"),
+        (("{}/short.bin", "{}/x", "--tokens", "{}/none"), "none: no such file"),
+        (("{}/cut", "{}/x"), "cut: not a model that can be opened"),
         (("{}/ours", "{}/x", "--to", "lama"), "did you mean 'llama'"),
         (("{}/ours", "{}/x", "--to", "gpt2"), "the gpt2 layout needs position=learned"),
         (("{}/short.bin", "{}/x"), "a llama2.c header alone has 28"),
@@ -319,11 +325,24 @@ def test_the_command_converts_folders_and_their_tokenizers_both_ways(tmp_path, c
 )
 def test_the_command_answers_bad_input_in_one_line(args, words, tmp_path, capsys):
     create(TINY).save_pretrained(tmp_path / "ours")
+    create(TINY).save_pretrained(tmp_path / "cut")
+    weights = (tmp_path / "cut/model.safetensors").read_bytes()
+    (tmp_path / "cut/model.safetensors").write_bytes(weights[:-100])
     (tmp_path / "short.bin").write_bytes(b"12")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/model.safetensors").write_bytes(b"theirs")
     capsys.readouterr()
     assert command(*(a.format(tmp_path) for a in args)) == 2
+    assert (tmp_path / "other/model.safetensors").read_bytes() == b"theirs"
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and words in error
+
+
+def test_a_wrong_command_line_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        command("only_a_source")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and line.startswith("error: ") and "target" in line
 
 
 def test_the_stories_tokenizer_is_the_one_of_llama2c(data_dir, tmp_path):
