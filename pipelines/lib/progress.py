@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 WINDOW_S = 30.0  # the rate is that of the last half minute, so that a slow start does not spoil the ETA
+SHORTEST_S = 0.5  # figures that come together, as of a run that was read late, have no rate
 
 
 class Progress:
@@ -60,14 +61,20 @@ class Progress:
             elif self.done:
                 self._line()
 
-    def update(self, done: int, **figures: Any) -> None:
-        """`done` units are finished in all; figures are shown as they are, and kept until given again."""
+    def update(self, done: int, *, time: float | None = None, **figures: Any) -> None:
+        """`done` units are finished in all; figures are shown as they are, and kept until given again.
+
+        time: when they were, in seconds from any beginning; None: now. Given once, it must be given always.
+        """
         with self.lock:
-            now = self.clock()
+            now, at = self.clock(), time
+            at = now if at is None else at
             self.done = done
             self.figures |= figures
-            self.points.append((now, done))
-            while len(self.points) > 2 and now - self.points[1][0] >= WINDOW_S:
+            if self.points and (at < self.points[-1][0] or done < self.points[-1][1]):
+                self.points.clear()  # a clock that was set back, or work that is done again
+            self.points.append((at, done))
+            while len(self.points) > 2 and at - self.points[1][0] >= WINDOW_S:
                 self.points.popleft()
             if self.live:
                 self.live.update(0, completed=done, words=self._words())
@@ -81,11 +88,11 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """Units per second over the last half minute; None before two updates."""
+        """Units per second over the last half minute; None before two updates that are some time apart."""
         if len(self.points) < 2:
             return None
         (start, first), (now, last) = self.points[0], self.points[-1]
-        return (last - first) / (now - start) if now > start else None
+        return (last - first) / (now - start) if now - start >= SHORTEST_S else None
 
     @property
     def eta_s(self) -> float | None:

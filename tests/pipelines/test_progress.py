@@ -48,6 +48,21 @@ def test_rate_forgets_a_slow_start():
     assert progress.rate == 500
 
 
+def test_the_rate_is_that_of_the_work_and_not_of_its_news():
+    clock, log = Clock(), io.StringIO()
+    progress = Progress(100, "steps", "train", file=log, every_s=0, clock=clock)
+    for step in range(1, 41):  # all of them read at once
+        progress.update(step, time=1000 + step * 0.25)
+    assert progress.rate == 4 and progress.eta_s == 15
+    progress.update(5, time=900.0)  # begun again
+    assert progress.rate is None
+    without = Progress(100, "steps", "train", file=log, clock=clock)
+    for step in range(1, 41):
+        clock.now += 1e-6
+        without.update(step)
+    assert without.rate is None and without.eta_s is None
+
+
 def test_without_a_total_only_the_count_is_shown():
     log = io.StringIO()
     with Progress(None, "documents", "read", file=log) as progress:
