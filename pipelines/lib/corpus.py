@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import difflib
 import glob
 import gzip
 import io
@@ -48,6 +49,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 from models.spec import ConfigError, Part, near
+from pipelines.lib import hub
 from pipelines.lib.config import InputError
 
 PIECE = 8 * 2**20  # bytes of a text that are decoded at once
@@ -368,6 +370,21 @@ class Hub(Source):
     def __post_init__(self) -> None:
         parse_split(self.split)
 
+    def _check_name(self) -> None:
+        """Raises InputError at once for a name that the Hub does not have, or when there is no Hub."""
+        if Path(self.name).expanduser().exists() or hub.is_offline():
+            return  # offline, `datasets` looks into its own cache
+        answer = hub.ask("dataset", self.name)
+        if answer == "missing":
+            close = difflib.get_close_matches(self.name, hub.loaded_names("dataset"), 1)
+            near_name = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"source {self.name}: neither a folder nor a data set of the Hub{near_name}")
+        if answer == "unreachable":
+            raise InputError(
+                f"source {self.name}: no such folder, and the Hub cannot be reached; "
+                "HF_HUB_OFFLINE=1 uses a data set that was loaded before"
+            )
+
     def _stream(self) -> Any:
         import datasets
 
@@ -380,6 +397,7 @@ class Hub(Source):
         import datasets
 
         base, begin, end = parse_split(self.split)
+        self._check_name()
         with _as_input_error(f"source {self.name}"):
             builder = datasets.load_dataset_builder(self.name, self.config, revision=self.revision)
         files = getattr(builder.config, "data_files", None) or {}
@@ -461,7 +479,17 @@ def source(setting: Source | str) -> Source:
     return Files(setting)
 
 
-Source.of_word = staticmethod(source)  # so `source=notes/ source.separator=...` sets an option of `files`
+def _of_word(word: str) -> Source:
+    """`{kind: WORD, ...}` where WORD is no kind: files, so that `source=notes/ source.separator=...` sets an option.
+
+    A word that can only be a slip of the pen for a kind is refused.
+    """
+    if not Path(word).exists() and (close := near(word, Source.kinds)).startswith("; did you"):
+        raise ConfigError(f"source kind {word!r} does not exist{close}")
+    return source(word)
+
+
+Source.of_word = staticmethod(_of_word)
 
 
 # ---- cleaning --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ kitoken 0.11, which parts `\n's` in another way than GPT-2's pattern, serves the
 from __future__ import annotations
 
 import base64
+import difflib
 import functools
 import heapq
 import io
@@ -46,7 +47,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from models.spec import ConfigError, Part
+from models.spec import ConfigError, Part, near
+from pipelines.lib import hub
 from pipelines.lib.config import InputError
 
 if TYPE_CHECKING:
@@ -117,6 +119,7 @@ class BPE(Vocabulary):
             )
         if self.sample_mb <= 0:
             raise ConfigError(f"sample_mb={self.sample_mb} must be above 0")
+        check_pattern(self.pattern)
 
     def make(self, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerFast:
         pattern = PATTERNS.get(self.pattern, (self.pattern,))[0]
@@ -178,6 +181,9 @@ class Tiktoken(Vocabulary):
     path: str
     pattern: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_pattern(self.pattern)
+
     def make(self, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerFast:
         return from_tiktoken(existing(self.path), self.pattern)
 
@@ -221,7 +227,28 @@ def vocabulary(setting: Vocabulary | str) -> Vocabulary:
     return Tiktoken(setting) if suffix == ".tiktoken" else HuggingFace(setting)
 
 
-Vocabulary.of_word = staticmethod(vocabulary)
+def _of_word(word: str) -> Vocabulary:
+    """`{kind: WORD, ...}` where WORD is no kind: a path or Hub name, unless it can only be a slip of the pen."""
+    if not Path(word).exists() and (close := near(word, Vocabulary.kinds)).startswith("; did you"):
+        raise ConfigError(f"tokenizer kind {word!r} does not exist{close}")
+    return vocabulary(word)
+
+
+Vocabulary.of_word = staticmethod(_of_word)
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ConfigError unless `pattern` is a name of PATTERNS, "auto", or a well-formed regular expression."""
+    if pattern in PATTERNS or pattern == "auto":
+        return
+    from tokenizers import Regex
+
+    try:
+        Regex(pattern)
+    except Exception as error:  # a bare Exception, by that library's design
+        raise ConfigError(
+            f"pattern={pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression: {error}"
+        ) from None
 
 
 def existing(path: str | Path) -> Path:
@@ -264,7 +291,21 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
                 return from_sentencepiece(folder / name)
         if folder.exists() or Path(path).is_absolute() or str(path).startswith((".", "~")):
             raise InputError(f"tokenizer {path}: no tokenizer.json, vocab.json + merges.txt or tokenizer.model here")
-        loaded: Any = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
+        answer = hub.ask("model", str(path))
+        if answer == "missing":
+            raise InputError(_no_tokenizer(path, "the Hub has none of that name"))
+        try:
+            loaded: Any = AutoTokenizer.from_pretrained(
+                str(path),
+                revision=revision or "main",
+                trust_remote_code=False,
+                local_files_only=answer == "unreachable",
+            )
+        except Exception:
+            if answer == "there":
+                raise
+            said = "the Hub cannot be reached, and nothing of that name was loaded before"
+            raise InputError(_no_tokenizer(path, said)) from None
         if not isinstance(loaded, PreTrainedTokenizerFast):
             raise InputError(f"tokenizer {path}: {type(loaded).__name__} has no fast form (tokenizer.json)")
         return loaded
@@ -272,10 +313,19 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
         raise
     except Exception as error:  # tokenizers raises bare Exception, the Hub several kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"tokenizer {path}: neither a kind ({', '.join(Vocabulary.kinds)}) nor a readable file, folder or Hub "
-            f"name: {first}"
-        ) from None
+        raise InputError(_no_tokenizer(path, first)) from None
+
+
+def _no_tokenizer(path: str | Path, said: str) -> str:
+    """The error for a word that names no tokenizer, with the nearest kind, file or Hub name that there is."""
+    parent = Path(path).parent
+    here = [str(p) for p in parent.iterdir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), [*Vocabulary.kinds, *here, *hub.loaded_names("model"), "gpt2"], 1)
+    nearest = f"; did you mean {close[0]!r}?" if close else ""
+    return (
+        f"tokenizer {path}: neither a kind ({', '.join(Vocabulary.kinds)}) nor a readable file, folder or Hub name: "
+        f"{said}{nearest}"
+    )
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
@@ -364,7 +414,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str, trainer: str)
         import rustbpe
 
         model = rustbpe.Tokenizer()
-        model.train_from_iterator(iter(texts), vocab_size, pattern=pattern)
+        try:
+            model.train_from_iterator(iter(texts), vocab_size, pattern=pattern)
+        except ValueError as error:  # its regular expressions are not quite those of tokenizers
+            if "regex" not in str(error).lower():
+                raise
+            raise ConfigError(f"pattern={pattern!r}: rustbpe says {error}; try trainer=tokenizers") from None
         return merges_of({bytes(piece): rank for piece, rank in model.get_mergeable_ranks()})
     if trainer == "tokenizers":
         from tokenizers import pre_tokenizers, trainers

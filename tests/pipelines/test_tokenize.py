@@ -279,6 +279,13 @@ def test_the_same_settings_reuse_and_others_are_refused_with_the_difference(corp
         tokenize.run(config(path, tmp_path / "out"))
 
 
+def test_a_path_takes_the_options_of_its_kind(tmp_path):
+    (tmp_path / "a.txt").write_text("one--two--three")
+    words = [f"source={tmp_path / 'a.txt'}", "source.separator=--", "tokenizer=bytes", "val_fraction=0"]
+    assert main([*words, "workers=0", "track=none", f"out={tmp_path / 'out'}"]) == 0
+    assert documents_of(tmp_path / "out", "train") == ["one", "two", "three"]
+
+
 def test_the_next_line_is_a_command_that_training_takes(corpus, tmp_path, monkeypatch, capsys):
     from pipelines.lib.config import assemble
     from pipelines.lib.training import TrainConfig
@@ -318,7 +325,9 @@ def test_a_full_disk_names_the_file_and_the_bytes(corpus, tmp_path, monkeypatch)
     [
         (["sauce=stdlib"], "no field 'sauce'; did you mean 'source'?"),
         (["tokenizer={kind: bep}"], "'bep' does not exist; did you mean 'bpe'?"),
+        (["source={kind: fils, path: x}"], "'fils' does not exist; did you mean 'files'?"),
         (["tokenizer.vocab_size=12"], "needs at least 257"),
+        (["tokenizer.pattern=("], "nor a regular expression"),
         (["source={kind: files, path: x, seperator: a}"], "did you mean 'separator'?"),
         (["source=missing.txt"], "no such file, folder or pattern"),
         (["source=one.txt"], "is one document, so no document can be set apart for validation; give split=tail"),

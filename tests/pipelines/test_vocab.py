@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.spec import ConfigError, build, plain
-from pipelines.lib import vocab
+from pipelines.lib import hub, vocab
 from pipelines.lib.config import InputError
-from pipelines.lib.vocab import END_OF_TEXT, PROBES, Encoder, Vocabulary, load_tokenizer, vocabulary
+from pipelines.lib.vocab import BPE, END_OF_TEXT, PROBES, Encoder, Vocabulary, load_tokenizer, vocabulary
 
 TEXT = (
     "It was the best of times, it was the worst of times; it was the age of wisdom...\r\n\r\n  It's Ångström's café, "
@@ -274,3 +278,66 @@ def test_bad_tokenizers_are_refused_in_one_line(tmp_path):
         vocabulary("tiktoken")
     with pytest.raises(InputError, match="nor a readable file, folder or Hub name"):
         vocabulary("no-such-kind").make(lambda: [])
+
+
+def test_a_mistyped_name_is_answered_with_the_nearest_one(tmp_path, monkeypatch):
+    (tmp_path / "my_tokenizer").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for answer, said in (("missing", "the Hub has none of that name"), ("unreachable", "the Hub cannot be reached")):
+        monkeypatch.setattr(hub, "ask", lambda *_, answer=answer: answer)
+        for name, meant in (("byts", "bytes"), ("gpt22", "gpt2"), ("my_tokeniser", "my_tokenizer")):
+            with pytest.raises(InputError, match=f"{said}.*; did you mean '{meant}'") as error:
+                vocabulary(name).make(lambda: [])
+            assert "\n" not in str(error.value)
+
+
+def test_without_a_network_the_hub_is_asked_once_and_one_line_is_said(tmp_path):
+    """A server that hangs up on every request: the libraries alone ask it 12 times, over 47 s."""
+    import socket
+    import threading
+
+    asked = []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def hang_up():
+        while True:
+            connection, _ = server.accept()
+            asked.append(connection.recv(65536).split(b" ")[1])
+            connection.close()
+
+    threading.Thread(target=hang_up, daemon=True).start()
+    (tmp_path / "a.txt").write_text("some text")
+    code = (
+        "from pipelines.tokenize import main\n"
+        "rest = ['split=tail', 'workers=0', 'track=none', 'out=made']\n"
+        "assert main(['source=a.txt', 'tokenizer=someone/gpt22', *rest]) == 2\n"
+        "assert main(['source={kind: hub, name: someone/text}', 'tokenizer=bytes', *rest]) == 2\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    repo = str(Path(__file__).resolve().parents[2])
+    local = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**environment, **local, "PYTHONPATH": repo, "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines), done.stderr
+    assert "tokenizer someone/gpt22" in lines[0] and "source someone/text" in lines[1]
+    assert [path for path in asked if b"someone" in path] == [
+        b"/api/models/someone/gpt22",
+        b"/api/datasets/someone/text",
+    ]
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused_when_it_is_given():
+    for kind in ({"kind": "bpe", "pattern": "("}, {"kind": "tiktoken", "path": "x", "pattern": "["}):
+        with pytest.raises(ConfigError, match="nor a regular expression"):
+            build(Vocabulary, kind)
+    build(Vocabulary, {"kind": "bpe", "pattern": r"\w+|\W+"})
+    with pytest.raises(ConfigError, match="rustbpe says"):  # a look-behind of any length: only tokenizers has it
+        BPE(300, r"(?<=a|bc+)\w").make(lambda: ["some text"])
