@@ -23,6 +23,7 @@ import dataclasses as dc
 import functools
 import hashlib
 import heapq
+import inspect
 import json
 import shlex
 import shutil
@@ -41,7 +42,7 @@ import numpy as np
 from models.spec import ConfigError, build, flatten, plain
 from pipelines.lib import corpus, vocab
 from pipelines.lib.cluster import usable_cpus
-from pipelines.lib.config import InputError, command, read_yaml, write_yaml
+from pipelines.lib.config import InputError, command, describe, read_yaml, write_yaml
 from pipelines.lib.corpus import Document, Plan, Slice, Source, Stdlib
 from pipelines.lib.progress import Progress
 from pipelines.lib.shards import (
@@ -897,8 +898,21 @@ def convert(config: ConvertConfig) -> Path:
     return out
 
 
+def _help(config: type, call: str) -> str:
+    """--help of one of the two further commands: what it does, its call, its settings."""
+    does = inspect.cleandoc(config.__doc__ or "").splitlines()[0]
+    return "\n".join([does, "", call, "", "settings and defaults:", *describe(config)])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
+    wants_help = bool({"-h", "--help"} & set(words))
+    if wants_help and words[:1] == ["convert"]:
+        print(_help(ConvertConfig, "python -m pipelines.tokenize convert FOLDER out=FOLDER [tokenizer=...] [--debug]"))
+        return 0
+    if wants_help and words[:1] == ["compare"]:
+        print(_help(CompareConfig, "python -m pipelines.tokenize compare TEXT TOKENIZER ... [max_mb=8] [--debug]"))
+        return 0
     if words[:1] == ["convert"]:
         return command(ConvertConfig, convert, words[1:], positional="source")
     if words[:1] == ["compare"]:

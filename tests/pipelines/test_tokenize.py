@@ -413,6 +413,20 @@ def test_help_needs_no_ray():
         assert word in done.stdout
 
 
+@pytest.mark.parametrize(
+    "name, shows",
+    [
+        ("compare", ["Tokenizers on one text", "tokenize compare TEXT TOKENIZER ...", "  max_mb=8"]),
+        ("convert", ["Token shards to nanoGPT's layout", "tokenize convert FOLDER out=FOLDER", "  out=(required)"]),
+    ],
+)
+def test_the_further_commands_show_their_own_help(capsys, name, shows):
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in shows), shown
+    assert "Turn text into token shards" not in shown and "RECIPE" not in shown
+
+
 # ---- commands, memory ------------------------------------------------------------------------------------------------
 
 
