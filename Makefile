@@ -3,17 +3,19 @@
 #   make demo    text -> tokens -> training -> samples -> endpoint, in a few minutes on a laptop
 #   make test    lint, types, import rule and the tests that CI runs
 #   make lint    lint, types and import rule alone; make unit the tests alone; make slow the long tests
+#   make serve   a trained model behind the OpenAI API and a chat page on http://127.0.0.1:8000; RUN=runs/demo
 #   make ui      the MLflow page on http://127.0.0.1:5000
 #   make head    a local Ray head for `ray job submit`, in the foreground
-# Settings: PYTHON=python3.12 (used to make .venv), PIP_FLAGS=... (handed to pip install), PORT=5000 (make ui)
+# Settings: PYTHON=python3.12 (used to make .venv), PIP_FLAGS=... (handed to pip install), PORT=5000 (make ui, serve),
+# RUN=runs/demo (make serve), ARGS=... (more words for make demo and make serve)
 
 SHELL  := /bin/bash
 VENV   := .venv
 BIN    := $(VENV)/bin
-PORT   ?= 5000
+RUN    ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit format slow ui head clean
+.PHONY: help demo test lint unit format slow serve ui head clean
 
 help:
 	@sed -n '/^#   make /s/^#   //p' Makefile
@@ -39,8 +41,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+serve: $(VENV)/.installed
+	@$(BIN)/python -m serving.app run=$(RUN) port=$(or $(PORT),8000) $(ARGS)
+
 ui: $(VENV)/.installed
-	@$(BIN)/python -m pipelines.lib.tracking ui --port $(PORT)
+	@$(BIN)/python -m pipelines.lib.tracking ui --port $(or $(PORT),5000)
 
 head: $(VENV)/.installed
 	@$(BIN)/python -m pipelines.lib.jobs head

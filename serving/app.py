@@ -1,7 +1,11 @@
 """A trained model behind the OpenAI protocol, on Ray Serve.
 
-    serve run serving.app:build run=runs/demo            # http://127.0.0.1:8000, a chat page at /
-    serve run serving/config.yaml                        # the same with port, host and replicas from a file
+    python -m serving.app runs/demo port=8000            # http://127.0.0.1:8000, a chat page at /
+    python -m serving.app serving/config.yaml            # the same with port, host and replicas from a file
+    serve run serving.app:build run=runs/demo            # by Ray's own command
+
+A Ray that is started for this listens on 127.0.0.1 only. `serve run serving/config.yaml` cannot see to that: there Ray
+is started, with ports open to the network, before anything of ours is read.
 
 Two deployments: `Gateway` speaks HTTP and knows no torch, `LanguageModel` runs the engine in a thread of its own. A
 `Job` goes from one to the other, and batches of `Delta`s come back. Ray Serve's own limits are set out of reach, as
@@ -11,16 +15,19 @@ tokens, sequences, requests, queue).
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import logging
 import os
 import signal
+import socket
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 from fastapi import FastAPI, Request, Response
@@ -34,8 +41,8 @@ from starlette.requests import ClientDisconnect
 
 from models.spec import ConfigError
 from models.spec import build as build_config
-from pipelines.lib.cluster import ensure_ray
-from pipelines.lib.config import InputError, describe, scalar
+from pipelines.lib.cluster import LOCAL_ENVIRONMENT, ensure_ray
+from pipelines.lib.config import InputError, assemble, describe, scalar
 from pipelines.lib.run import resolve
 from serving.protocol import (
     DONE,
@@ -83,11 +90,13 @@ PAGE_HEADERS = {
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What `build` takes, as `key=value` of `serve run` or under `args:` in a Serve config file.
+    """What `build` takes, as `key=value` of either command or under `args:` in a Serve config file.
 
     run: run folder, checkpoint folder or any local Hugging Face folder
     which: the checkpoint of a run: best, last or step_N
     name: the model's name in requests; none: the folder's name
+    host: address to listen on; 0.0.0.0 opens the port to the network; in a Serve config file http_options decides
+    port: port to listen on; in a Serve config file http_options decides
     device: auto, cpu, cuda, mps or xpu
     dtype: number format of the weights; auto: as they were saved
     threads: CPU threads of a replica; one is fastest for small models
@@ -109,6 +118,8 @@ class ServeConfig:
     run: str
     which: str = "best"
     name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = 1
@@ -133,6 +144,8 @@ class ServeConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.max_waiting < 0 or self.num_cpus < 0 or (self.num_gpus or 0) < 0:
             raise ConfigError("max_waiting, num_cpus and num_gpus must be 0 or more")
+        if not 0 < self.port < 1 << 16:
+            raise ConfigError(f"port={self.port} is not in 1..65535")
 
     def key(self) -> str | None:
         """The API key. Raises ConfigError for a key file that cannot be read or is empty."""
@@ -161,12 +174,12 @@ def build(args: dict[str, Any]) -> Application:
         key = config.key()
         # Here, because replicas work in directories of Ray's own, and so that all of them serve the same checkpoint.
         folder = resolve(config.run, config.which).absolute()
+        if command is not None:
+            prepare(command, config)
     except (ConfigError, InputError) as error:
         if command is None:
             raise
         raise Refusal(str(error)) from None
-    if command is not None:
-        end_gracefully(command)
     settings = {
         "run": str(folder),
         "name": config.name or Path(config.run).absolute().name,
@@ -197,16 +210,41 @@ class Refusal(click.ClickException):
         click.echo(f"error: {self.message}", file=file, err=True)
 
 
-def end_gracefully(command: click.Context) -> None:
+def prepare(command: click.Context, config: ServeConfig) -> None:
+    """Start Ray and Serve as we want them, before `serve run` does; not if the command says where or how.
+
+    Raises InputError for a port that is taken.
+    """
+    named = ("address", "working_dir", "runtime_env", "runtime_env_json")
+    if command.info_name != "run" or any(command.params.get(name) for name in named):
+        return
+    if "RAY_ADDRESS" not in os.environ and any(name not in os.environ for name in LOCAL_ENVIRONMENT):
+        # `serve` has imported ray, which by now has chosen to listen on the network: begin again, told otherwise.
+        start_again(sys.orig_argv[1:])
+    if ensure_ray():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.host, config.port))
+            except OSError as error:
+                raise InputError(f"host={config.host} port={config.port}: {error.strerror}; choose others") from None
+    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+    end_gracefully(str(command.params.get("name") or "default"))
+
+
+def start_again(words: Sequence[str]) -> NoReturn:
+    """Replace this process by Python with these words and with what Ray must find in the environment."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *words], {**LOCAL_ENVIRONMENT, **os.environ})
+
+
+def end_gracefully(app: str) -> None:
     """Let SIGTERM and Ctrl-C end `serve run` only after the requests that are open; a second one ends it at once.
 
     `serve run` alone takes the proxy down first, which cuts every stream, and on SIGTERM Ray ends without a word. Ray
-    sets its own handler when it starts, so it is started here, unless the command says where or how.
+    sets its own handler when it starts, so this comes after.
     """
-    if any(command.params.get(name) for name in ("address", "working_dir", "runtime_env", "runtime_env_json")):
-        return
-    ensure_ray()
-    app = str(command.params.get("name") or "default")
 
     def stop(*_: Any) -> None:
         for name in (signal.SIGTERM, signal.SIGINT):
@@ -219,6 +257,27 @@ def end_gracefully(command: click.Context) -> None:
     with contextlib.suppress(ValueError):  # not in the main thread: whoever called is in charge of signals
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, stop)
+
+
+def keep_to_the_node() -> None:
+    """Let this replica's own gRPC server, which runs pickled code, listen where its node does and not everywhere.
+
+    Ray 2.60 writes `[::]:0` for it into the code; a deployment is made before that line is reached.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    add_port = getattr(replica, "add_port_to_grpc_server", None)
+    if add_port is None:
+        log.warning("this version of Ray Serve starts its replicas' gRPC servers otherwise; look with ss -ltn")
+        return
+
+    def add_port_of_node(server: Any, address: str) -> int:
+        node = ray.util.get_node_ip_address()
+        return add_port(server, address.replace("[::]", f"[{node}]" if ":" in node else node))
+
+    if add_port.__name__ != add_port_of_node.__name__:
+        replica.add_port_to_grpc_server = add_port_of_node
 
 
 def digest(key: str) -> bytes:
@@ -282,6 +341,7 @@ class Gateway:
     """Checks requests, passes them to a model and writes what comes back as the OpenAI protocol has it."""
 
     def __init__(self, model: "DeploymentHandle", name: str, limits: dict[str, int], key: bytes | None) -> None:
+        keep_to_the_node()
         self.model, self.name, self.limits, self.key = model, name, limits, key
         self.streaming = model.options(stream=True)
         self.created = int(time.time())
@@ -446,7 +506,6 @@ class LanguageModel:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import copy
-        import sys
         from concurrent.futures import ThreadPoolExecutor
 
         import torch
@@ -454,6 +513,7 @@ class LanguageModel:
         from pipelines.sample import open_model
         from serving.engine import Engine, EngineThread
 
+        keep_to_the_node()
         torch.set_num_threads(settings["threads"])
         sys.setswitchinterval(0.001)  # the event loop waits this long at most for the engine's thread to yield
         self.settings = settings
@@ -688,12 +748,30 @@ class Stream:
         )
 
 
-def main() -> int:
-    """`python -m serving.app` shows what `build` takes."""
-    print(__doc__)
-    print("settings and defaults:")
-    print("\n".join(describe(ServeConfig)))
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """`serve run` with an environment in which Ray listens on this machine only; --help shows the settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print(__doc__)
+        print("settings and defaults:")
+        print("\n".join(describe(ServeConfig, positional="run")))
+        return 0
+    try:
+        if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
+            if not Path(words[0]).is_file():
+                raise InputError(f"{words[0]}: no such file; a Serve config file is needed, as serving/config.yaml")
+            # Else `serve` joins a cluster of someone else on this machine, or waits for one that is gone.
+            rest = [*words, *([] if "RAY_ADDRESS" in os.environ else ["--address", "local"])]
+        else:
+            config = assemble(words, ServeConfig, positional="run")
+            resolve(config.run, config.which)  # here, as Ray takes seconds to import
+            given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+            chosen = {f.name: given[f.name] for f in dataclasses.fields(config) if given[f.name] != f.default}
+            rest = ["serving.app:build", *(f"{name}={value}" for name, value in chosen.items())]
+    except (ConfigError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    start_again(["-m", "ray.serve.scripts", "run", *rest])
 
 
 if __name__ == "__main__":

@@ -10,15 +10,18 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from models.families import load
 from models.spec import ConfigError
 from pipelines.lib.config import InputError
 from pipelines.lib.vocab import chars_tokenizer
+from serving import app
 from serving.app import LanguageModel, ServeConfig, build
 from serving.engine import Engine, SamplingParams
 from serving.protocol import ChatRequest, CompletionRequest, parse
@@ -83,6 +86,63 @@ def wait_until(condition, timeout_s):
 def is_idle(server):
     now = state(server)
     return now["running"] == now["waiting"] == 0
+
+
+# ---- where it listens
+
+
+def test_replicas_listen_where_their_node_does_only(server, client):
+    """Ray's own code for their gRPC servers says [::]:0. (Its other ports follow the environment, see below.)"""
+    import ray
+
+    client.models.list()
+    node = ray.util.get_node_ip_address()
+    replicas = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in "".join(p.cmdline())]
+    assert len(replicas) == 2
+    for replica in replicas:
+        ports = [c.laddr.ip for c in replica.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        addresses = {ip.removeprefix("::ffff:") for ip in ports}
+        assert node in addresses and (addresses == {node} or node != "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("words", "runs"),
+    [
+        (["{run}"], ["serving.app:build", "run={run}"]),
+        (["run={run}", "port=9000", "rows=2"], ["serving.app:build", "run={run}", "port=9000", "rows=2"]),
+        (["{config}"], ["{config}", "--address", "local"]),
+    ],
+)
+def test_the_command_is_serve_run_with_an_environment_that_keeps_ray_on_this_machine(folder, words, runs, monkeypatch):
+    began = []
+
+    def execve(program, argv, environment):
+        began.append((argv[1:], environment))
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    names = {"run": folder, "config": Path(app.__file__).with_name("config.yaml")}
+    with pytest.raises(SystemExit):
+        app.main([w.format(**names) for w in words])
+    ((words, environment),) = began
+    assert words == ["-m", "ray.serve.scripts", "run", *(w.format(**names) for w in runs)]
+    assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["no.yaml"], "no.yaml: no such file"),
+        (["{run}", "port=0"], "port=0 is not in"),
+        (["{run}", "prot=1"], "did you mean 'port'?"),
+    ],
+)
+def test_the_command_answers_bad_input_in_one_line(folder, words, says, capsys):
+    assert app.main([w.format(run=folder) for w in words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and says in line
 
 
 # ---- what clients get
