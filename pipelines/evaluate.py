@@ -33,9 +33,11 @@ from typing import Any, Literal
 import numpy as np
 
 from models.spec import ConfigError, plain
+from pipelines.lib import checking
 from pipelines.lib.checking import CheckConfig, run_check
-from pipelines.lib.config import InputError, command
+from pipelines.lib.config import InputError, command, describe
 from pipelines.lib.corpus import Source
+from pipelines.lib.output import check_writable
 from pipelines.lib.texts import Text, open_data, open_text, open_tokenizer
 
 FORMAT_VERSION = 1
@@ -108,6 +110,16 @@ class EvaluateConfig:
         for name in ("num_fewshot", "bootstrap"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
+        on_data = self.data is not None or (self.text is None and not self.tasks)
+        for names, read, owner in (
+            ("text_mb", self.text is not None, "text="),
+            ("split data_tokens", on_data, "data="),
+            ("include_path limit num_fewshot samples bootstrap seed", bool(self.tasks), "tasks="),
+            ("stride baselines", on_data or self.text is not None, "text= or data="),
+        ):
+            for name in names.split():
+                if not read and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ConfigError(f"{name}={plain(getattr(self, name))}: it belongs to {owner}, which is not given")
 
 
 # What decides the figures: two evaluations that agree in these (and in weights, text and tasks) measure the same.
@@ -208,8 +220,14 @@ def trained_on(subject: Subject) -> str:
 
     if subject.run is None:
         raise InputError(f"{subject.folder} is of no run, so it has no validation split; give text=, data= or tasks=")
-    data = Run(subject.run).read_config()["data"]
-    return data if isinstance(data, str) else data[0]["path"]
+    run = Run(subject.run)
+    data = run.read_config().get("data")
+    try:
+        return data if isinstance(data, str) else str(data[0]["path"])
+    except (TypeError, LookupError):
+        raise InputError(
+            f"{run.config} names no `data`, so the run's validation split is not known; give text=, data= or tasks="
+        ) from None
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -306,6 +324,7 @@ def run(config: EvaluateConfig) -> int:
         show(old)
         print(f"{out / 'results.json'} has these figures since {old['date']}; overwrite=true measures them again")
         return 0
+    check_writable(out / "results.json", f"out={out}")
     results = measure(config, subject, texts, found, out) | {"fingerprint": fingerprint}
     write(out / "results.json", results)
     show(results)
@@ -510,6 +529,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["check"]:
         # A bare word is the model, even one that ends in .yaml, which elsewhere is a recipe for the command itself.
+        if {"-h", "--help"} & set(words):
+            call = "python -m pipelines.evaluate check MODEL key=value ... [--debug]"
+            settings = describe(CheckConfig, positional="model")
+            print("\n".join([checking.__doc__ or "", call, "", "settings and defaults:", *settings]))
+            return 0
         named = [f"model={w}" if "=" not in w and not w.startswith("-") else w for w in words[1:2]]
         stage = partial(command, CheckConfig, run_check, [*named, *words[2:]], positional="model")
     else:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.spec import ConfigError, plain
 from pipelines.lib.config import InputError, command
+from pipelines.lib.output import check_writable
 
 if TYPE_CHECKING:
     from serving.engine import Engine, Request, SamplingParams
@@ -145,6 +146,8 @@ def run(config: SampleConfig) -> int:
     from serving.engine import Engine, RequestError, seed_of_sample
 
     prompts = read_prompts(config)
+    if config.output is not None:
+        check_writable(Path(config.output), f"output={config.output}")
     seed = secrets.randbits(31) if config.seed is None else config.seed
     params = settings(config, seed)
     torch.set_num_threads(config.threads)

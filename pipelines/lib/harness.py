@@ -16,7 +16,8 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -242,6 +243,17 @@ class Bar:
             self.progress.__exit__(None)
 
 
+def resample(f: Callable[[Sequence[Any]], float], xs: Sequence[Any], draws: int) -> list[float]:
+    """f of `draws` samples of xs with replacement, the same ones as lm-eval's own; progress if it takes long."""
+    progress, found = Progress(draws, "draws", f"error of {getattr(f, '__name__', 'a metric')}"), []
+    for i in range(draws):
+        if i % 1000 == 0:
+            chance = random.Random(i // 1000)
+        found.append(f(chance.choices(xs, k=len(xs))))
+        progress.update(i + 1)
+    return found
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """lm-eval and datasets without their bars and chatter, and without forks and look-ups that cost seconds."""
@@ -251,6 +263,7 @@ def quiet() -> Iterator[None]:
         "models.huggingface": {"tqdm": Bar},
         "api.task": {"tqdm": Bar},
         "api.model": {"tqdm": Bar},
+        "api.metrics": {"_bootstrap_internal_no_mp": resample},
         # It asks git for the commit of the working directory, pip for every package and lscpu for the processor.
         "evaluator": {"get_git_commit_hash": lambda: None, "add_env_info": lambda results: None},
     }

@@ -21,6 +21,7 @@ from models.parts.attention import Causal
 from models.parts.norm import RMSNorm
 from models.parts.position import Rotary
 from pipelines.evaluate import main
+from pipelines.lib.output import check_writable
 from pipelines.lib.scoring import compression_baselines, ratio_error, windows
 from pipelines.lib.vocab import Bytes, chars_tokenizer, load_tokenizer
 
@@ -247,6 +248,33 @@ def test_a_local_task_s_log_likelihoods_are_those_computed_by_hand(model, tmp_pa
     assert again["tasks"]["sums_local"]["documents"] == 4
 
 
+def test_resampled_errors_are_lm_eval_s_and_are_made_in_silence(capfd, monkeypatch):
+    from lm_eval.api.metrics import bootstrap_stderr, median
+
+    from pipelines.lib.harness import quiet
+
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    figures = [float(x) for x in np.random.default_rng(0).random(20)]
+    theirs = bootstrap_stderr(median, figures, 2000)
+    assert "bootstrapping" in capfd.readouterr().out
+    with quiet():
+        assert bootstrap_stderr(median, figures, 2000) == theirs
+    said = capfd.readouterr()
+    assert said.out == said.err == ""
+
+
+def test_a_place_that_cannot_be_written_is_said_before_measuring(model, texts, tmp_path, capsys, monkeypatch):
+    from pipelines import evaluate as module
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured"))
+    for out in ("file", "file/inside", "file/further/inside"):
+        assert main([str(model), f"text={texts}", f"out={tmp_path / out}", "track=none"]) == 2
+        assert f"out={tmp_path / out}: " in capsys.readouterr().err
+    check_writable(tmp_path / "a" / "b" / "c", "out")
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.usefixtures("_lm_eval_cache")
 def test_lm_eval_s_bits_per_byte_are_ours(model, tmp_path):
     """Documents that fit into the context are scored alike by both; lm-eval itself gives no error for it."""
@@ -387,6 +415,15 @@ BAD = [
     (["{model}", "tasks={tmp}/tasks,{tmp}/nowhere"], "no such file or folder"),
     (["{model}", "tasks={tmp}/void"], "no task YAML"),
     (["{model}", "tasks={tmp}/lost"], "task lost_local: it cannot be loaded"),
+    (["{model}", "text={tmp}/one.txt", "limit=5"], "limit=5.0: it belongs to tasks="),
+    (["{model}", "text={tmp}/one.txt", "samples=true"], "samples=True: it belongs to tasks="),
+    (["{model}", "text={tmp}/one.txt", "num_fewshot=0"], "it belongs to tasks="),
+    (["{model}", "text={tmp}/one.txt", "include_path={tmp}"], "it belongs to tasks="),
+    (["{model}", "text={tmp}/one.txt", "split=train"], "split=train: it belongs to data="),
+    (["{model}", "tasks={tmp}/tasks", "text_mb=1"], "text_mb=1.0: it belongs to text="),
+    (["{model}", "tasks={tmp}/tasks", "stride=4"], "it belongs to text= or data="),
+    (["{run}"], "config.yaml names no `data`"),
+    (["{model}", "text={tmp}/one.txt", "out={tmp}/one.txt/x"], "one.txt/x: "),
     (["check", "gptt"], "did you mean 'gpt'"),
     (["check", "{llama}"], "of transformers; the suite is for our own families"),
     (["check", "gpt", "only=cachd"], "no such check"),
@@ -399,6 +436,8 @@ def places(model, llama, tmp_path_factory):
     import shutil
 
     from safetensors.torch import load_file, save_file
+
+    from pipelines.lib.shards import file_sha256
 
     tmp = tmp_path_factory.mktemp("bad")
     found = {"tmp": tmp / "t", "model": model, "llama": llama}
@@ -422,6 +461,13 @@ def places(model, llama, tmp_path_factory):
     broken.save_pretrained(tmp / "nan")
     found["chars"] = save_model(tmp / "chars", 3)
     chars_tokenizer("abc").save_pretrained(found["chars"])
+    shutil.copytree(model, tmp / "run" / "checkpoints" / "step_1")
+    (tmp / "run" / "config.yaml").write_text("format_version: 1\nseed: 1\n")
+    (tmp / "run" / "last").write_text("step_1\n")
+    files = {p.name: p for p in (tmp / "run" / "checkpoints" / "step_1").iterdir()}
+    entries = {n: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for n, p in files.items()}
+    (tmp / "run" / "checkpoints" / "step_1" / "manifest.json").write_text(json.dumps({"files": entries}))
+    found["run"] = tmp / "run"
     (tmp / "t" / "empty.txt").touch()
     (tmp / "t" / "one.txt").write_text("a")
     (tmp / "t" / "other.txt").write_text("abz")

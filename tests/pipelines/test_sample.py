@@ -91,10 +91,13 @@ def test_stop_strings_end_the_text(folder, capsys, tmp_path):
         (["context=65"], "exceeds the model's own 64"),
         (["device=nonsense"], "device"),
         (["which=newest", "run=."], "run"),
+        (["output={folder}/config.json/x"], "output="),
+        (["output={folder}"], "Is a directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, words, says):
-    code, _, said = sample(capsys, folder, *words)
+    code, out, said = sample(capsys, folder, *(w.format(folder=folder) for w in words))
+    assert not out
     lines = said.strip().splitlines()
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
