@@ -672,7 +672,8 @@ class Count:
             self.documents += sum(record["counts"].get(f"{split}_documents", 0) for split in ("train", "val"))
             self.done += self.sizes[record["unit"]]
             rate = self.tokens / (time.perf_counter() - self.started)
-            progress.update(self.done >> 20, **{"tokens/s": f"{rate:,.0f}"})
+            figures: dict[str, Any] = {"tokens/s": f"{rate:,.0f}"}
+            progress.update(self.done >> 20, **figures)
 
 
 @contextlib.contextmanager

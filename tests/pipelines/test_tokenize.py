@@ -92,7 +92,7 @@ def test_every_document_is_there_once_in_the_split_of_its_hash(corpus, tmp_path,
     assert folder.token_bytes()[ids].sum() == folder.split("train").n_bytes
     assert not (tmp_path / "out/records").exists()
     said = capsys.readouterr().out
-    assert "tokens/s" in said and "bytes/token" in said and "next: python -m pipelines.train data=" in said
+    assert "tokens/s" in said and "bytes/token" in said and "next: python -m pipelines.train gpt_debug data=" in said
 
 
 def test_ray_writes_the_bytes_that_one_process_writes(corpus, tmp_path, ray_session):
