@@ -83,8 +83,8 @@ def overlay(old: Any, new: Any) -> Any:
     if isinstance(old, str) and isinstance(new, dict) and not isinstance(old, Raw) and new.get("kind", old) == old:
         return {"kind": old, **new}  # options for a part that was named only
     if not isinstance(old, dict) or not isinstance(new, dict):
-        if isinstance(old, dict) and isinstance(new, str) and old.get("kind") == new:
-            return old
+        if isinstance(old, dict) and isinstance(new, str) and old.get("kind", new) == new:
+            return {"kind": str(new), **old}  # `norm.eps=1e-5 norm=rmsnorm`: the options may come first
         return new
     if new.get("kind", old.get("kind")) != old.get("kind"):
         return new
@@ -292,10 +292,10 @@ def command(
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
-    if {"-h", "--help"} & set(words):
-        print(usage(cls, positional, run.__module__ if run.__module__ in sys.modules else None))
-        return 0
     try:
+        if {"-h", "--help"} & set(words):
+            print(usage(cls, positional, run.__module__ if run.__module__ in sys.modules else None), flush=True)
+            return 0
         outcome = run(assemble(words, cls, positional))
     except (ConfigError, InputError) as error:
         if debug:

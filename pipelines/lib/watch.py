@@ -82,7 +82,7 @@ class Watch:
             figures["mfu"] = f"{100 * row['train/mfu']:.1f} %"
             if "val/nll" in self.row:
                 figures["val"] = f"{self.row['val/nll']:.4f}"
-            self.progress.update(row["step"], **figures)
+            self.progress.update(row["step"], time=row["time_ms"] / 1000, **figures)
             if "val/nll" in row:
                 bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
                 self.say(
