@@ -221,7 +221,7 @@ def trained_on(subject: Subject) -> str:
     if subject.run is None:
         raise InputError(f"{subject.folder} is of no run, so it has no validation split; give text=, data= or tasks=")
     run = Run(subject.run)
-    data = run.read_config().get("data")
+    data: Any = run.read_config().get("data")
     try:
         return data if isinstance(data, str) else str(data[0]["path"])
     except (TypeError, LookupError):
@@ -532,7 +532,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(words):
             call = "python -m pipelines.evaluate check MODEL key=value ... [--debug]"
             settings = describe(CheckConfig, positional="model")
-            print("\n".join([checking.__doc__ or "", call, "", "settings and defaults:", *settings]))
+            print("\n".join([str(checking.__doc__), "", call, "", "settings and defaults:", *settings]))
             return 0
         named = [f"model={w}" if "=" not in w and not w.startswith("-") else w for w in words[1:2]]
         stage = partial(command, CheckConfig, run_check, [*named, *words[2:]], positional="model")

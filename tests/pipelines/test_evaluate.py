@@ -529,6 +529,7 @@ def test_help_needs_neither_torch_nor_lm_eval():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bits per byte" in done.stdout and "conformance" in done.stdout
+    assert "python -m pipelines.evaluate check MODEL" in done.stdout and "pipelines.lib" not in done.stdout
 
 
 # ---- real data
