@@ -94,7 +94,7 @@ def test_an_error_names_the_key_the_value_and_the_nearest_right_one(words, messa
 def test_overrides_merge_into_the_default_part_and_replace_another_kind():
     assert assemble(["norm.eps=1e-5"], Config).norm == RMS(1e-5)
     assert assemble(["norm=prmsnorm", "norm.fraction=0.5"], Config).norm == Partial(0.5)
-    with pytest.raises(ConfigError, match="norm.eps: Partial has no field 'eps'"):
+    with pytest.raises(ConfigError, match=r"norm\.eps: Partial has no field 'eps'"):
         assemble(["norm.eps=1e-5", "norm=prmsnorm"], Config)
     assert assemble(["norm.fraction=0.5", "norm=prmsnorm"], Config).norm == Partial(0.5)
     assert assemble(["norm={kind: rmsnorm, eps: 1e-5}", "norm=prmsnorm"], Config).norm == Partial()
