@@ -10,6 +10,7 @@ Folders are local and the target is a new or empty one; the tokenizer's files ar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -30,7 +31,10 @@ TOKENIZER_FILES = (
 
 
 def run(source: Path, target: Path, layout: str | None, tokens: Path | None) -> str:
-    """Converts and returns one line on what was written. Raises ConfigError for what cannot be."""
+    """Converts and returns one line on what was written. Raises ConfigError for what cannot be.
+
+    The target is made before the model is opened, so that a place that cannot be written is known first.
+    """
     from transformers.utils import logging
 
     from models.convert import LAYOUTS, llama2c, read, write
@@ -94,9 +98,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", metavar="LAYOUT", help="gpt2 or llama; left out: ours")
     parser.add_argument("--tokens", type=Path, help="llama2.c's tokenizer file")
     args = parser.parse_args(argv)
+    there = args.target.exists()
     try:
         print(run(args.source, args.target, args.to, args.tokens))
     except (ConfigError, OSError, ValueError) as error:
+        if not there:
+            with contextlib.suppress(OSError):
+                args.target.rmdir()  # if it is empty
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

@@ -333,7 +333,7 @@ def test_the_command_answers_bad_input_in_one_line(args, words, tmp_path, capsys
     (tmp_path / "other/model.safetensors").write_bytes(b"theirs")
     capsys.readouterr()
     assert command(*(a.format(tmp_path) for a in args)) == 2
-    assert (tmp_path / "other/model.safetensors").read_bytes() == b"theirs"
+    assert (tmp_path / "other/model.safetensors").read_bytes() == b"theirs" and not (tmp_path / "x").exists()
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and words in error
 
