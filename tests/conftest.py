@@ -10,12 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # Ray Train lets one report through per poll
 
+import pytest
+
 from pipelines.lib.cluster import LOCAL_ENVIRONMENT
 
 for _name, _value in LOCAL_ENVIRONMENT.items():  # read when ray is imported, by whichever test file comes first
     os.environ.setdefault(_name, _value)
-
-import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("NOVELLA_DATA") or REPO.parent / "shared" / "data")
