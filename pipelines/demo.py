@@ -171,7 +171,8 @@ def summary(config: DemoConfig, times: dict[str, float]) -> None:
         (f"metrics of {last['step']:,} updates, samples", f"{config.out}/metrics.jsonl, {config.out}/samples.txt"),
     ):
         console.print(f"  {what + ':':52} {where}", highlight=False, soft_wrap=True)
-    scores = Table(title="bits per byte of the validation text", title_style="", title_justify="left")
+    console.print("\n  how good it is, on the validation text (fewer is better):", highlight=False)
+    scores = Table()
     scores.add_column("by")
     scores.add_column("bits per byte", justify="right")
     for name, value in sorted(quality(config).items(), key=lambda item: item[1]):
