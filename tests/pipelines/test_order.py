@@ -72,7 +72,7 @@ def test_the_plan_hash_and_the_order_change_with_the_seed_and_the_sources():
 
 
 def test_a_source_too_short_for_one_window_is_refused_with_what_would_do():
-    with pytest.raises(ConfigError, match="tiny: 10 training tokens hold no window of seq_len=10.*try seq_len=9"):
+    with pytest.raises(ConfigError, match=r"tiny: 10 training tokens hold no window of seq_len=10.*try seq_len=9"):
         Order([Source("tiny", 10)], 10, 0)
     with pytest.raises(ConfigError, match="less than one sample"):
         Order([Source("a", 100, 1.0), Source("b", 100, 1e-6)], 10, 0)
