@@ -9,6 +9,7 @@ Safe to run again: finished shards and finished training are reused, an interrup
 from __future__ import annotations
 
 import contextlib
+import dataclasses as dc
 import json
 import socket
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 
 from models.spec import build
 from pipelines.lib.config import InputError, command, overlay, recipe
+from pipelines.lib.jobs import storage_path
+from pipelines.train import shown
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def summary(config: DemoConfig, times: dict[str, float]) -> None:
 def run(config: DemoConfig) -> int:
     if config.track not in ("mlflow", "none"):
         raise InputError(f"track={config.track!r}; there is mlflow, none")
+    config = dc.replace(config, data=shown(storage_path(config.data)), out=shown(storage_path(config.out)))
     times: dict[str, float] = {}
     with timed(times, "text to tokens"):
         tokenize(config)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.spec import ConfigError, plain
 from pipelines.lib.config import InputError, command
+from pipelines.lib.jobs import storage_path
 from pipelines.lib.output import check_writable
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def open_model(run: str | Path, which: str, device: str, dtype: str) -> tuple[An
     from pipelines.lib.vocab import load_tokenizer
     from pipelines.lib.world import choose_device
 
-    folder = resolve(run, which, say=lambda message: print(message, file=sys.stderr))
+    folder = resolve(storage_path(run), which, say=lambda message: print(message, file=sys.stderr))
     at = choose_device(device)
     tokenizer = load_tokenizer(folder)
     model = open_folder(folder, dtype)
@@ -110,7 +111,7 @@ def read_prompts(config: SampleConfig) -> list[str]:
     """The prompts of the command line, then the file's. Raises InputError for a file that is not there or no text."""
     prompts = list(config.prompt)
     if config.prompt_file is not None:
-        path = Path(config.prompt_file)
+        path = storage_path(config.prompt_file)
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -147,7 +148,7 @@ def run(config: SampleConfig) -> int:
 
     prompts = read_prompts(config)
     if config.output is not None:
-        check_writable(Path(config.output), f"output={config.output}")
+        check_writable(storage_path(config.output), f"output={config.output}")
     seed = secrets.randbits(31) if config.seed is None else config.seed
     params = settings(config, seed)
     torch.set_num_threads(config.threads)
@@ -178,7 +179,7 @@ def run(config: SampleConfig) -> int:
         file=sys.stderr,
     )
     if config.output is not None:
-        write_results(Path(config.output), config, seed, folder, requests, texts)
+        write_results(storage_path(config.output), config, seed, folder, requests, texts)
     failed = next((r.error for r in requests if r.finish_reason == "error"), None)
     if failed:
         raise InputError(f"{folder}: {failed}")

@@ -43,6 +43,7 @@ from models.spec import ConfigError
 from models.spec import build as build_config
 from pipelines.lib.cluster import LOCAL_ENVIRONMENT, ensure_ray
 from pipelines.lib.config import InputError, assemble, describe, scalar
+from pipelines.lib.jobs import storage_path
 from pipelines.lib.run import resolve
 from serving.protocol import (
     DONE,
@@ -173,7 +174,7 @@ def build(args: dict[str, Any]) -> Application:
         )
         key = config.key()
         # Here, because replicas work in directories of Ray's own, and so that all of them serve the same checkpoint.
-        folder = resolve(config.run, config.which).absolute()
+        folder = resolve(storage_path(config.run), config.which).absolute()
         if command is not None:
             prepare(command, config)
     except (ConfigError, InputError) as error:
@@ -764,7 +765,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rest = [*words, *([] if "RAY_ADDRESS" in os.environ else ["--address", "local"])]
         else:
             config = assemble(words, ServeConfig, positional="run")
-            resolve(config.run, config.which)  # here, as Ray takes seconds to import
+            resolve(storage_path(config.run), config.which)  # here, as Ray takes seconds to import
             given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             chosen = {f.name: given[f.name] for f in dataclasses.fields(config) if given[f.name] != f.default}
             rest = ["serving.app:build", *(f"{name}={value}" for name, value in chosen.items())]

@@ -72,6 +72,25 @@ def test_prompts_come_from_a_file_whole_or_by_line(folder, capsys, tmp_path):
     assert json.loads(out.read_text())["samples"][0]["prompt_tokens"] == 1
 
 
+def test_relative_paths_lie_in_the_storage_folder_as_they_do_for_every_stage_in_a_job(
+    folder, capsys, tmp_path, monkeypatch
+):
+    from pathlib import Path
+
+    from serving.app import build
+
+    (tmp_path / "p.txt").write_text("ab")
+    monkeypatch.setenv("NOVELLA_STORAGE", str(Path(folder).parent))
+    monkeypatch.chdir(tmp_path)
+    name = Path(folder).name
+    assert sample(capsys, name, "--prompt", "ab", "max_tokens=2")[0] == 0
+    build({"run": name})
+    monkeypatch.setenv("NOVELLA_STORAGE", str(tmp_path))
+    assert sample(capsys, name, "--prompt", "ab", "max_tokens=2")[0] == 2
+    assert sample(capsys, folder, "prompt_file=p.txt", "max_tokens=2", "output=o.json")[0] == 0
+    assert (tmp_path / "o.json").is_file()
+
+
 def test_stop_strings_end_the_text(folder, capsys, tmp_path):
     words = (folder, "--prompt", "the cat", "temperature=0", "max_tokens=20")
     text = sample(capsys, *words)[1]
