@@ -174,7 +174,10 @@ def summary(config: DemoConfig, times: dict[str, float]) -> None:
         (f"metrics of {last['step']:,} updates, samples", f"{config.out}/metrics.jsonl, {config.out}/samples.txt"),
     ):
         console.print(f"  {what + ':':52} {where}", highlight=False, soft_wrap=True)
-    console.print("\n  how good it is, on the validation text (fewer is better):", highlight=False)
+    console.print(
+        "\n  how good it is, on the validation text (fewer is better; only the model has read the other text):",
+        highlight=False,
+    )
     scores = Table()
     scores.add_column("by")
     scores.add_column("bits per byte", justify="right")
