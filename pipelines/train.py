@@ -14,15 +14,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from models.spec import plain
 from pipelines.lib.config import InputError, command
 from pipelines.lib.run import Run
 from pipelines.lib.training import HOW, LENGTHS, Mix, TrainConfig, growth_only
 
+if TYPE_CHECKING:
+    from pipelines.lib.loop import Batches
 
-def resolve_config(config: TrainConfig) -> TrainConfig:
+
+def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Batches]:
     """Paths made absolute, the vocabulary taken from the data, and everything checked that needs no training.
 
     Raises InputError or ConfigError: a missing folder, ids outside the vocabulary, a batch that does not divide, no
@@ -45,8 +48,10 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
             f"model.vocab_size={config.model.vocab_size} is smaller than the {vocab_size} ids of {mixes[0].path}; "
             f"leave it out, or give {vocab_size} or more"
         )
-    _ = config.rows, Batches(config, folders), folders[0].split("val")
-    return config
+    assert config.rows  # raises what does not divide
+    for folder in folders:
+        folder.split("val")
+    return config, Batches(config, folders)
 
 
 def start_from(config: TrainConfig, path: Path) -> TrainConfig:
@@ -109,19 +114,18 @@ def open_run(config: TrainConfig) -> tuple[Any, bool]:
 def run(config: TrainConfig) -> int:
     """Train, watch and track one run. Returns the exit code: 0 done, 130 stopped on request."""
     from pipelines.lib.launch import in_process, on_ray, stop_on_signal
-    from pipelines.lib.loop import open_data
     from pipelines.lib.runlog import read_samples
     from pipelines.lib.tracking import Tracker
     from pipelines.lib.watch import Watch
 
-    config = resolve_config(config)
+    config, batches = resolve_config(config)
+    folders = batches.folders
     the_run, again = open_run(config)
     with the_run.lock():
         the_run.write_config(plain(config))
-        folders = open_data(dc.replace(config, verify="size"))
         datasets = [(Path(m.path).name, f.fingerprint, m.path) for m, f in zip(config.mixes, folders, strict=True)]
         job = {"config": plain(config), "run": str(the_run.path)}
-        total = config.total_steps(_samples_per_epoch(config, folders))
+        total = config.total_steps(batches.order.samples_per_epoch)
         what = f"{config.model.n_parameters():,} parameters, {config.batch_tokens:,} tokens per update"
         print(f"{'resuming' if again else 'training'} {the_run.path}: {what}, {total or '?'} updates", flush=True)
         tracker = Tracker.start(
@@ -166,12 +170,6 @@ def nothing_left(the_run: Run, total: int | None, data: list[str]) -> Any:
     if state.step < total or state.owed is not None or state.data != data:
         return None
     return Outcome(state.step, {"val/best_nll": state.best} if state.best is not None else {})
-
-
-def _samples_per_epoch(config: TrainConfig, folders: list) -> int:
-    from pipelines.lib.loop import Batches
-
-    return Batches(config, folders).order.samples_per_epoch
 
 
 def shown(path: Path) -> str:

@@ -62,7 +62,7 @@ class Batches:
     """Micro-batch m of step s, from the token folders of a plan."""
 
     def __init__(self, config: TrainConfig, folders: list[TokenFolder]):
-        self.config, self.seq_len = config, config.context
+        self.config, self.folders, self.seq_len = config, folders, config.context
         self.splits = [folder.split("train") for folder in folders]
         sources = [
             Source(str(folder.path), split.n_tokens, mix.weight, fingerprint=folder.fingerprint)
@@ -292,8 +292,11 @@ class Trainer:
         if n_bytes:
             figures["val/bpb"] = nll_sum / math.log(2) / n_bytes
         if len(self.vals) > 1:
-            for folder, (nll, targets, _) in zip(self.folders, totals.tolist(), strict=True):
-                figures[f"val/{Path(folder.path).name}/nll"] = nll / targets
+            for i, (folder, (nll, targets, _)) in enumerate(zip(self.folders, totals.tolist(), strict=True)):
+                name = f"val/{Path(folder.path).name}"
+                if f"{name}/nll" in figures:  # two folders of one name
+                    name = f"{name}-{i + 1}"
+                figures[f"{name}/nll"] = nll / targets
         if self.world.rank == 0:
             T = self.config.context
             starts = self.val_starts[0][: max(1, 2048 // T)]

@@ -19,19 +19,14 @@ import filelock
 
 from models.spec import flatten
 from pipelines.lib.config import FORMAT_VERSION, InputError, recipe, write_yaml
-from pipelines.lib.shards import file_sha256
+from pipelines.lib.shards import file_sha256, write_atomically
 
 MANIFEST = "manifest.json"
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace the file's content in one step: a reader or a kill sees the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """Replace the file's text in one step, and wait for the disk: a reader or a kill sees the old or the new."""
+    write_atomically(path, text.encode(), sync=True)
 
 
 class Run:

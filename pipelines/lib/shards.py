@@ -90,14 +90,19 @@ def make_folder(path: Path) -> list[Path]:
     return missing
 
 
-def write_atomically(path: Path, data: Any) -> None:
+def write_atomically(path: Path, data: Any, sync: bool = False) -> None:
     """Write bytes under a temporary name beside `path`, then rename. A kill leaves the old file or the new one.
 
+    sync: wait until the disk has them, so that a power cut does the same.
     Raises InputError that names path and bytes when the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -306,14 +306,14 @@ def test_a_stop_on_a_validation_step_owes_the_validation_and_the_resumed_run_mak
 
 
 def test_several_folders_are_mixed_and_all_of_them_validated(data, tmp_path):
-    other = make_tokens(tmp_path / "other", seed=9)
+    other = make_tokens(tmp_path / data.name, seed=9)  # two folders of one name are told apart
     mixes = [{"path": str(data), "weight": 3}, {"path": str(other)}]
     config = {**tiny_config(data, tmp_path / "run", steps=4, eval_every=4), "data": mixes}
     train(job(config))
     row = metrics(config["out"])[4]
     trainer = Trainer(build(TrainConfig, config), Run(tmp_path / "x"), World(), Log(None))
     sizes = [val.n_tokens - 1 for val in trainer.vals]
-    parts = [row[f"val/{data.name}/nll"], row["val/other/nll"]]
+    parts = [row[f"val/{data.name}/nll"], row[f"val/{data.name}-2/nll"]]
     mean = sum(p * n for p, n in zip(parts, sizes, strict=True)) / sum(sizes)
     assert row["val/nll"] == pytest.approx(mean, rel=1e-6) and parts[0] != parts[1]
 

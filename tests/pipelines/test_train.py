@@ -176,6 +176,7 @@ def test_a_second_driver_is_refused_while_the_first_writes(data, tmp_path, capsy
         (["optim.lrr=3"], "optim.lrr: AdamW has no field 'lrr'; did you mean 'lr'?"),
         (["data=/no/such/folder"], "data=/no/such/folder: no such folder"),
         (["model.vocab_size=50"], "model.vocab_size=50 is smaller than the 128 ids of"),
+        (["micro_batch=5"], "micro_batch=5 does not divide the 12 rows"),
         (["seq_len=64"], "seq_len=64 is longer than the model's context model.seq_len=32"),
         (["model.d_model=33"], "d_model=33"),
         (["num_workers=64", "cpus_per_worker=4"], "num_workers=64 need 256 CPU, the cluster has"),
