@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -19,6 +21,7 @@ import pytest
 from filelock import FileLock
 
 from pipelines import tokenize
+from pipelines.lib import shards
 from pipelines.lib.config import InputError
 from pipelines.lib.shards import TokenFolder
 from pipelines.lib.vocab import END_OF_TEXT, load_tokenizer
@@ -308,13 +311,15 @@ def test_a_second_driver_in_the_same_folder_is_refused(corpus, tmp_path):
 
 
 def test_a_full_disk_names_the_file_and_the_bytes(corpus, tmp_path, monkeypatch):
-    def full(self, data):
-        raise OSError(28, "No space left on device")
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path, _ = corpus
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(shards, "open", Full, raising=False)
     with pytest.raises(InputError, match=r"no space left for the \d+ bytes of .*out/"):
         tokenize.run(config(path, tmp_path / "out", tokenizer="bytes"))
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
