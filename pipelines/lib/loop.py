@@ -8,6 +8,7 @@ makes the same run, no random generator is ever saved, and a run killed anywhere
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 import zlib
@@ -56,6 +57,30 @@ class Outcome:
     step: int
     metrics: dict[str, float]
     stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a search asks of a run: to train up to some update, and to leave a checkpoint there only if it is wanted.
+
+    Schedules see the whole length, and the pieces of a run make the same run as one piece would.
+    until: update to stop at
+    keep: whether to leave a checkpoint at the end
+    below: (metric, sign, limit): keep one also if sign * metric is below the limit
+    save_s: seconds after which the next validation leaves one, so that a killed search loses no more than that
+    """
+
+    until: int
+    keep: bool = False
+    below: tuple[str, float, float] | None = None
+    save_s: float = 60.0
+
+    def wants(self, figures: dict[str, float]) -> bool:
+        """Whether a checkpoint is wanted at the end, where the validation gave these figures."""
+        if self.below is None:
+            return self.keep
+        metric, sign, limit = self.below
+        return self.keep or sign * figures.get(metric, math.nan) < limit
 
 
 class Batches:
@@ -149,11 +174,11 @@ def open_data(config: TrainConfig) -> list[TokenFolder]:
 class Trainer:
     """One worker of a run: model, optimizer, data, and the step."""
 
-    def __init__(self, config: TrainConfig, run: Run, world: World, log: Log):
+    def __init__(self, config: TrainConfig, run: Run, world: World, log: Log, folders: list[TokenFolder] | None = None):
         self.config, self.run, self.world, self.log = config, run, world, log
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.folders = open_data(config)
+        self.folders = folders or open_data(config)
         self.batches = Batches(config, self.folders)
         self.total = config.total_steps(self.batches.order.samples_per_epoch)
         self.model = self._model()
@@ -171,13 +196,17 @@ class Trainer:
         self.peak = peak_flops(world.device, config.precision)
         table = self.folders[0].token_bytes()
         self.token_bytes = None if table is None else torch.from_numpy(np.asarray(table, np.int64))
-        self.tokenizer = None
-        if self.folders[0].tokenizer_dir is not None:
-            from pipelines.lib.vocab import load_tokenizer
-
-            self.tokenizer = load_tokenizer(self.folders[0].tokenizer_dir)
         self.vals = [folder.split("val") for folder in self.folders]
         self.val_starts = [validation_windows(val, config.context, config.eval_tokens) for val in self.vals]
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the data, for samples; None if the data has none."""
+        if self.folders[0].tokenizer_dir is None:
+            return None
+        from pipelines.lib.vocab import load_tokenizer
+
+        return load_tokenizer(self.folders[0].tokenizer_dir)
 
     def _model(self) -> LM:
         torch.manual_seed(key(self.config.init_stream, INIT))
@@ -370,19 +399,23 @@ class Trainer:
 
 
 def train(
-    job: dict[str, Any], world: World | None = None, report: Callable[[dict], None] = lambda metrics: None
+    job: dict[str, Any],
+    world: World | None = None,
+    report: Callable[[dict], None] = lambda metrics: None,
+    folders: list[TokenFolder] | None = None,
 ) -> Outcome:
     """Train one run to its length, or until it is asked to stop.
 
-    job: {"config": plain TrainConfig, "run": absolute path of the run folder}.  world: default, that of the process
-    group.  report: called on every rank at each checkpoint with {"step", "checkpoint"}.
+    job: {"config": plain TrainConfig, "run": absolute path of the run folder}, and in a search "piece": the fields of a
+    Piece.  world: default, that of the process group.  report: called on every rank at each checkpoint with {"step",
+    "checkpoint"}.  folders: the token folders of the config, if they are open already.
     """
     config: TrainConfig = build(TrainConfig, job["config"])
     world = world or World.current(config.device)
     run = Run(job["run"])
     log = Log(run.log if world.rank == 0 else None)
     try:
-        trainer = Trainer(config, run, world, log)
+        trainer = Trainer(config, run, world, log, folders)
         resumed = trainer.resume()
         if not resumed and config.init_from is not None:
             log(f"weights from {config.init_from}")
@@ -392,7 +425,8 @@ def train(
             f"{trainer.flops_per_token / 1e6:.1f} MFLOP per token; peak {peak.flops / 1e9:,.0f} GFLOP/s ({peak.how})"
         )
         metrics = Metrics(run.metrics if world.rank == 0 else None)
-        return Course(trainer, metrics, report).to_the_end()
+        piece = Piece(**job["piece"]) if "piece" in job else None
+        return Course(trainer, metrics, report, piece).to_the_end()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
@@ -413,8 +447,10 @@ def train(
 class Course:
     """A run from where its trainer stands to its end: update, validate, log and save, until done or stopped."""
 
-    def __init__(self, trainer: Trainer, metrics: Metrics, report: Callable[[dict], None]):
-        self.trainer, self.metrics, self.report = trainer, metrics, report
+    def __init__(self, trainer: Trainer, metrics: Metrics, report: Callable[[dict], None], piece: Piece | None = None):
+        self.trainer, self.metrics, self.report, self.piece = trainer, metrics, report, piece
+        self.end = trainer.total if piece is None else piece.until  # None: the length is in seconds
+        self.saved = time.monotonic()
         self.config, self.run, self.state, self.world = trainer.config, trainer.run, trainer.state, trainer.world
         self.stopped: str | None = None
         self.latest: dict[str, float] = {}
@@ -447,8 +483,8 @@ class Course:
         self.open_window()
 
     def long_enough(self) -> bool:
-        if self.trainer.total is not None:
-            return self.state.step >= self.trainer.total
+        if self.end is not None:
+            return self.state.step >= self.end
         assert self.config.seconds is not None
         return bool(self.world.agree(self.state.elapsed_s >= self.config.seconds))
 
@@ -459,7 +495,7 @@ class Course:
     def step(self) -> None:
         """One update, and what is due after it."""
         config, state, following = self.config, self.state, self.state.step + 1
-        last = self.trainer.total is not None and following >= self.trainer.total
+        last = self.end is not None and following >= self.end
         measured = last or following % config.eval_every == 0
         figures = self.trainer.update(stop=self.run.stop_request.exists(), measure=measured)
         state.elapsed_s = self.earlier_s + time.monotonic() - self.began
@@ -469,7 +505,7 @@ class Course:
             self.count_skipped()
         if figures["stop"]:
             self.stopped = ASKED
-        if self.trainer.total is None and self.long_enough():
+        if self.end is None and self.long_enough():
             last = measured = True
         row, best = {}, False
         if measured or self.stopped or state.step % config.log_every == 0 or state.step == 1:
@@ -481,13 +517,24 @@ class Course:
             state.owed = row  # saving cannot wait for a validation; who resumes makes up for it
         elif row:
             self.metrics.write(state.step, row)
-        if best or self.stopped or last or state.step % (config.save_every or config.eval_every) == 0:
+        if self.saves(best, last, measured, row):
+            self.saved = time.monotonic()
             self.trainer.save(best, wait=bool(self.stopped or last))
             self.report({"step": state.step, "checkpoint": str(self.run.checkpoints / f"step_{state.step}")})
         if measured and config.sample_prompts and config.sample_tokens and self.world.rank == 0:
             samples(self.trainer)
         if row:
             self.open_window()
+
+    def saves(self, best: bool, last: bool, measured: bool, row: dict[str, float]) -> bool:
+        """Whether a checkpoint is due after this update."""
+        if self.piece is None:
+            often = self.config.save_every or self.config.eval_every
+            return bool(best or self.stopped or last or self.state.step % often == 0)
+        if last and not self.stopped:
+            return self.piece.wants(row)
+        late = time.monotonic() - self.saved > self.piece.save_s
+        return bool(self.stopped or (measured and self.world.agree(late)))
 
     def count_skipped(self) -> None:
         """Raises InputError when the policy says that it is enough."""
