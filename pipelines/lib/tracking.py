@@ -29,13 +29,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
+from models.spec import near
 from pipelines.lib import machine
 from pipelines.lib.config import InputError, write_yaml
 from pipelines.lib.jobs import storage_path, storage_root
@@ -54,6 +55,7 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a line for every trial of a search
 }
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")  # answers that will not change with time
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # answers to a run id that this store does not have
@@ -681,6 +683,44 @@ def experiment_id(client: Any, name: str, artifacts: str | None) -> str:
             if code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
     raise RuntimeError(f"MLflow neither has nor makes the experiment {name}")
+
+
+def find_runs(query: str, experiment: str | None = None) -> list[Path]:
+    """The run folders (tag `run_dir`) of the runs that an MLflow filter finds, oldest first, each folder once.
+
+    query: as in MLflow's search box, such as `metrics."val/bpb" < 2 and tags.stage = 'train'`; "" finds all.
+    experiment: its name; None looks in all of them.  A folder may be gone, or lie on another machine.
+    Raises InputError for a filter that MLflow cannot read, an experiment or a store that is not there.
+    """
+    uri = tracking_uri()
+    if (database := sqlite_file(uri)) and not database.is_file():
+        raise InputError(f"{public(uri)}: no such store; MLFLOW_TRACKING_URI names another one")
+    try:
+        client = connect(uri)
+        there = {e.name: e.experiment_id for e in pages(client.search_experiments)}
+        if experiment is not None and experiment not in there:
+            raise InputError(f"no experiment {experiment!r} in MLflow at {public(uri)}{near(experiment, there)}")
+        ids = list(there.values()) if experiment is None else [there[experiment]]
+        found = list(pages(client.search_runs, ids, query, order_by=["attributes.start_time ASC"])) if ids else []
+    except InputError:
+        raise
+    except Exception as error:
+        if code(error) in REFUSED:
+            raise InputError(f"MLflow cannot read the filter {query!r}: {first_line(error)}") from None
+        raise InputError(f"MLflow at {public(uri)} does not answer: {first_line(error)}") from None
+    folders = (run.data.tags.get("run_dir") for run in found)
+    return [Path(folder) for folder in dict.fromkeys(folders) if folder]
+
+
+def pages(search: Callable[..., Any], *what: Any, **how: Any) -> Iterator[Any]:
+    """All that a search of MLflow finds, which gives it in pages."""
+    token = None
+    while True:
+        page = search(*what, **how, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 # ------------------------------------------------------------------------------------------------- small things

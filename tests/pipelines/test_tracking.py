@@ -530,6 +530,34 @@ def until(condition, seconds=60):
         time.sleep(0.05)
 
 
+# ---- queries
+
+
+def test_a_filter_finds_run_folders_and_says_what_it_cannot_read(store, tmp_path, monkeypatch):
+    for name, loss in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
+        with Tracker.start(tmp_path / name, "train", CONFIG, experiment="e", **FAST) as tracker:
+            tracker.metrics({"val/bpb": loss})
+    store.create_run(store.get_experiment_by_name("e").experiment_id)  # of another program: it has no folder
+    assert tracking.find_runs("") == [tmp_path / name for name in "abc"]
+    assert tracking.find_runs('metrics."val/bpb" < 2.5', "e") == [tmp_path / "a", tmp_path / "b"]
+    assert tracking.find_runs("tags.stage = 'serve'") == []
+    for query, experiment, words in (
+        ("val/bpb < 2", None, "MLflow cannot read the filter 'val/bpb < 2': .+"),
+        ("", "f", "no experiment 'f' in MLflow at sqlite:.*; there is e, Default"),
+    ):
+        with pytest.raises(InputError, match=words) as raised:
+            tracking.find_runs(query, experiment)
+        assert "\n" not in str(raised.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(InputError, match="none.db: no such store"):
+        tracking.find_runs("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(InputError, match="does not answer: "):
+        tracking.find_runs("")
+    assert not (tmp_path / "none.db").exists()
+
+
 # ---- the address and the command
 
 
