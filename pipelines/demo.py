@@ -151,7 +151,7 @@ def quality(config: DemoConfig) -> dict[str, float]:
     ids = val.window(0, val.n_tokens)
     text = str(load_tokenizer(folder.tokenizer_dir).decode(ids.tolist(), skip_special_tokens=True))
     rows = [json.loads(line) for line in Run(config.out).metrics.read_text().splitlines()]
-    ours = min(row["val/bpb"] for row in rows if "val/bpb" in row)
+    ours = min(row["val/bpb"] for row in rows if row.get("val/bpb") is not None)
     return {"this model": ours, **compression_baselines(text, ids, len(text.encode()))}
 
 

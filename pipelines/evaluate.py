@@ -37,6 +37,7 @@ from pipelines.lib import checking
 from pipelines.lib.checking import CheckConfig, run_check
 from pipelines.lib.config import InputError, command, describe
 from pipelines.lib.corpus import Source
+from pipelines.lib.jsonl import finite
 from pipelines.lib.output import check_writable
 from pipelines.lib.texts import Text, open_data, open_text, open_tokenizer
 
@@ -425,15 +426,6 @@ def write(path: Path, results: dict[str, Any]) -> None:
         write_atomic(path, json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise InputError(f"out={path.parent}: {error.strerror}") from None
-
-
-def finite(tree: Any) -> Any:
-    """A tree as strict JSON: NaN and infinities become null."""
-    if isinstance(tree, dict):
-        return {k: finite(v) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [finite(v) for v in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def figures_of(results: dict[str, Any]) -> dict[str, float]:

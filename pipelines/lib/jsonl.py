@@ -1,14 +1,16 @@
 """Files of one JSON object a line, written by one process that may be killed while another reads along.
 
 A line counts once its newline is there. So a reader never sees half a line, and a writer that starts after a kill first
-closes the half line that its predecessor left (`append`), which readers then skip as damaged.
+closes the half line that its predecessor left (`append`), which readers then skip as damaged. JSON has no NaN and no
+infinities: where a figure is one, as where a step was skipped, stands null, and `figures` reads it as NaN.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ READ_BYTES = 1 << 20  # one read of the tail: about 3,000 metric lines
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one line in a single write; what is no JSON type is written as its text. NaN and infinities stay."""
-    line = (json.dumps(row, default=str) + "\n").encode()
+    """Add one line in a single write; NaN and infinities become null, what is no JSON type its text."""
+    line = (json.dumps(finite(row), default=str, allow_nan=False) + "\n").encode()
     with open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         if end:
@@ -25,6 +27,24 @@ def append(path: Path, row: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 line = b"\n" + line
         file.write(line)  # "a": goes to the end, whatever was read before
+
+
+def finite(tree: Any) -> Any:
+    """A tree as strict JSON has it: NaN and infinities become null."""
+    if isinstance(tree, Mapping):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """What a row says in numbers; null is NaN. Its step, its time and what is text are left out."""
+    return {
+        key: math.nan if value is None else float(value)
+        for key, value in row.items()
+        if key not in ("step", "time_ms") and (value is None or isinstance(value, int | float))
+    }
 
 
 def rows(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:

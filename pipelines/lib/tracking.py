@@ -17,7 +17,6 @@ time, the cursor travels in the batch that it describes, and MLflow keeps one ro
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -39,8 +38,8 @@ from filelock import FileLock, Timeout
 from models.spec import near
 from pipelines.lib import machine
 from pipelines.lib.config import InputError, write_yaml
-from pipelines.lib.jobs import storage_path, storage_root
-from pipelines.lib.jsonl import append, row_at, rows
+from pipelines.lib.jobs import Parser, storage_path, storage_root
+from pipelines.lib.jsonl import append, figures, row_at, rows
 
 EXPERIMENT = "novella"
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "databricks-uc")
@@ -426,17 +425,13 @@ class Copy:
     def _metrics(
         self, values: Mapping[str, Any], time_ms: int, step: int, model: str | None = None, data: Dataset | None = None
     ) -> list[Any]:
-        """The numbers among the values as MLflow's metrics; NaN and infinities are numbers, text and null are not."""
+        """The figures among the values as MLflow's metrics, NaN among them, so that a lost loss does not look good."""
         from mlflow.entities import Metric
 
         linked = {"model_id": model, "run_id": self.run_id} if model else {}
         if data:
             linked |= {"dataset_name": data.name, "dataset_digest": digest(data)}
-        return [
-            Metric(metric_name(key), float(value), int(time_ms), step, **linked)
-            for key, value in values.items()
-            if key not in ("step", "time_ms") and isinstance(value, int | float)
-        ]
+        return [Metric(metric_name(key), value, int(time_ms), step, **linked) for key, value in figures(values).items()]
 
     # ---- notes
 
@@ -791,7 +786,7 @@ def draw(folder: Path, name: str, keys: Sequence[str]) -> Path | None:
     curves: dict[str, list[tuple[int, float]]] = {key: [] for key in keys}
     for row, _ in rows(folder / "metrics.jsonl"):
         for key in keys:
-            if row and isinstance(row.get(key), int | float):
+            if row and isinstance(row.get(key), int | float):  # a gap where it is null
                 curves[key].append((row["step"], row[key]))
     if not any(curves.values()):
         return None
@@ -866,9 +861,7 @@ def ui(host: str, port: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.lib.tracking", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m pipelines.lib.tracking", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("sync", help="bring MLflow up to what run folders hold")
     run.add_argument("run", nargs="+", help="a run folder")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.lib.jsonl import rows
+from pipelines.lib.jsonl import figures, rows
 from pipelines.lib.progress import Progress
 from pipelines.lib.run import Run
 
@@ -77,16 +77,17 @@ class Watch:
             self.offset = offset
             if row is None:
                 continue
-            self.row |= row
-            figures = {"loss": f"{row['train/loss']:.4f}", "tok/s": f"{row['train/tokens_per_s']:,.0f}"}
-            figures["mfu"] = f"{100 * row['train/mfu']:.1f} %"
+            new = figures(row)
+            self.row |= new
+            shown = {"loss": f"{new['train/loss']:.4f}", "tok/s": f"{new['train/tokens_per_s']:,.0f}"}
+            shown["mfu"] = f"{100 * new['train/mfu']:.1f} %"
             if "val/nll" in self.row:
-                figures["val"] = f"{self.row['val/nll']:.4f}"
-            self.progress.update(row["step"], time=row["time_ms"] / 1000, **figures)
-            if "val/nll" in row:
-                bpb = f", {row['val/bpb']:.4f} bits per byte" if "val/bpb" in row else ""
+                shown["val"] = f"{self.row['val/nll']:.4f}"
+            self.progress.update(row["step"], time=row["time_ms"] / 1000, **shown)
+            if "val/nll" in new:
+                bpb = f", {new['val/bpb']:.4f} bits per byte" if "val/bpb" in new else ""
                 self.say(
-                    f"step {row['step']:,}: validation {row['val/nll']:.4f} nats, perplexity {row['val/ppl']:.2f}{bpb}"
+                    f"step {row['step']:,}: validation {new['val/nll']:.4f} nats, perplexity {new['val/ppl']:.2f}{bpb}"
                 )
         for line in self.samples.read():
             self.say("  " + line)
