@@ -161,7 +161,7 @@ def run(config: TrainConfig) -> int:
 def nothing_left(the_run: Run, total: int | None, data: list[str]) -> Any:
     """The outcome of a run that has its length already, so that no worker is started to find nothing to do."""
     from pipelines.lib.checkpoint import read_state
-    from pipelines.lib.loop import Outcome
+    from pipelines.lib.loop import Outcome, last_figures
 
     newest = the_run.newest_valid()
     if newest is None or total is None:
@@ -169,7 +169,7 @@ def nothing_left(the_run: Run, total: int | None, data: list[str]) -> Any:
     state = read_state(newest)
     if state.step < total or state.owed is not None or state.data != data:
         return None
-    return Outcome(state.step, {"val/best_nll": state.best} if state.best is not None else {})
+    return Outcome(state.step, last_figures(the_run, state))
 
 
 def shown(path: Path) -> str:

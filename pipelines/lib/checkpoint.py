@@ -37,6 +37,7 @@ class State:
     step: updates made.  samples, tokens: consumed by them.  elapsed_s: spent training, over all attempts.
     best: lowest validation loss so far (nats).  stale: evaluations since then.  skipped: non-finite steps so far.
     owed: the log row of this step, if a stop request left out its validation.
+    spent: what it has cost so far, as pipelines.lib.cost keeps it.
     plan: hash of the data order.  data: fingerprints of the token folders.
     """
 
@@ -49,6 +50,7 @@ class State:
     stale: int = 0
     skipped: int = 0
     owed: dict[str, float] | None = None
+    spent: dict[str, Any] = field(default_factory=dict)
     plan: str = ""
     data: list[str] = field(default_factory=list)
 

@@ -29,6 +29,8 @@ from models.loss import Loss
 from models.spec import build
 from pipelines.lib.checkpoint import Checkpoints, State, restore
 from pipelines.lib.config import InputError
+from pipelines.lib.cost import Cost
+from pipelines.lib.jsonl import row_at
 from pipelines.lib.measure import hidden_statistics, peak_flops, update_ratio
 from pipelines.lib.model_folder import open_folder
 from pipelines.lib.order import Order, Source, key
@@ -40,6 +42,7 @@ from pipelines.lib.world import World
 
 INIT, ORDER, DROPOUT = 0, 1, 2  # streams of the seed
 ASKED = "asked to stop"
+DIVERGED = "non-finite loss or gradient"
 AHEAD = 4096  # sample numbers whose places are computed at once
 
 
@@ -57,6 +60,17 @@ class Outcome:
     step: int
     metrics: dict[str, float]
     stopped: str | None = None
+
+
+def outcome_figures(row: dict[str, Any], state: State) -> dict[str, float]:
+    """What of a log row with a validation becomes the metrics of an outcome."""
+    figures = {k: v for k, v in row.items() if k.startswith("val/") or k == "train/loss"}
+    return figures | ({"val/best_nll": state.best} if state.best is not None else {})
+
+
+def last_figures(run: Run, state: State) -> dict[str, float]:
+    """The same of a run that has nothing left to do, from its log."""
+    return outcome_figures(row_at(run.metrics, state.step) or {}, state)
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,9 @@ class Trainer:
         self.config, self.run, self.world, self.log = config, run, world, log
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        # Measuring the peak takes memory that is no part of the run's cost, so it comes first.
+        self.peak = peak_flops(world.device, config.precision)
+        self.cost = Cost(world)
         self.folders = folders or open_data(config)
         self.batches = Batches(config, self.folders)
         self.total = config.total_steps(self.batches.order.samples_per_epoch)
@@ -193,7 +210,6 @@ class Trainer:
         self.state = State(plan=self.batches.order.hash, data=[folder.fingerprint for folder in self.folders])
         self.checkpoints = Checkpoints(run, config.keep_last, config.keep_every, self.folders[0].tokenizer_dir, log)
         self.flops_per_token = self.model.flops_per_token(config.context)
-        self.peak = peak_flops(world.device, config.precision)
         table = self.folders[0].token_bytes()
         self.token_bytes = None if table is None else torch.from_numpy(np.asarray(table, np.int64))
         self.vals = [folder.split("val") for folder in self.folders]
@@ -317,7 +333,9 @@ class Trainer:
         self.model.eval()
         totals = torch.stack([self._score(source) for source in range(len(self.vals))])
         nll_sum, count, n_bytes = totals.sum(0).tolist()
-        figures = {"val/nll": nll_sum / count, "val/ppl": math.exp(min(700.0, nll_sum / count))}
+        nll = nll_sum / count
+        # val/score: the geometric mean of the probabilities given to the right tokens.
+        figures = {"val/nll": nll, "val/ppl": math.exp(min(700.0, nll)), "val/score": math.exp(-nll)}
         if n_bytes:
             figures["val/bpb"] = nll_sum / math.log(2) / n_bytes
         if len(self.vals) > 1:
@@ -390,11 +408,14 @@ class Trainer:
         if state.plan != self.state.plan:
             raise InputError(f"{chosen}: its data order is another one (plan {state.plan}, now {self.state.plan})")
         self.state = state
+        if state.spent:
+            self.cost.resume(state.spent)
         self.log(f"resumed from {Path(chosen).name}: {state.step:,} updates, {state.tokens:,} tokens")
         return True
 
     def save(self, best: bool, wait: bool = False) -> None:
         if self.world.rank == 0:
+            self.state.spent = self.cost.spent()
             self.checkpoints.save(self.model, self.optimizers, self.state, best, wait)
 
 
@@ -468,8 +489,19 @@ class Course:
             self.step()
         if self.world.rank == 0:
             self.trainer.checkpoints.wait()
-        best = {"val/best_nll": self.state.best} if self.state.best is not None else {}
-        return Outcome(self.state.step, self.latest | best, self.stopped)
+            self.trainer.cost.write(self.run.cost, self.counted())
+        return Outcome(self.state.step, self.latest or last_figures(self.run, self.state), self.stopped)
+
+    def counted(self) -> dict[str, float]:
+        """The figures of the run's cost that follow from what it is and how far it came, over all attempts."""
+        per_token = self.trainer.flops_per_token
+        return {
+            "parameters": self.config.model.n_parameters(),
+            "macs_per_token": per_token / 6,  # of the forward pass: a third of the FLOPs, two of them each
+            "tokens": self.state.tokens,
+            "flops": per_token * self.state.tokens,
+            "seconds": self.earlier_s + time.monotonic() - self.began,
+        }
 
     def pay_validation(self) -> None:
         """Make up for the validation that a stop request left out, so that the run equals one that was not stopped."""
@@ -497,7 +529,9 @@ class Course:
         config, state, following = self.config, self.state, self.state.step + 1
         last = self.end is not None and following >= self.end
         measured = last or following % config.eval_every == 0
+        began = time.perf_counter()
         figures = self.trainer.update(stop=self.run.stop_request.exists(), measure=measured)
+        self.trainer.cost.count(time.perf_counter() - began)
         state.elapsed_s = self.earlier_s + time.monotonic() - self.began
         self.window_steps += 1
         self.window_read_s += figures["read_s"]
@@ -546,7 +580,7 @@ class Course:
         if config.nonfinite == "stop" or state.skipped > config.max_skipped:
             good = self.run.pointed("last")
             raise InputError(
-                f"stopped at step {state.step}: {state.skipped} steps had a non-finite loss or gradient "
+                f"stopped at step {state.step}: {state.skipped} steps had a {DIVERGED} "
                 f"(nonfinite={config.nonfinite}, max_skipped={config.max_skipped}); "
                 f"the last good checkpoint is {good or 'none yet'}; try a smaller optim.lr"
             )
@@ -576,7 +610,7 @@ class Course:
             state.best, state.best_step, state.stale = loss, state.step, 0
         else:
             state.stale += 1
-        self.latest = {k: v for k, v in row.items() if k.startswith("val/")} | {"train/loss": row["train/loss"]}
+        self.latest = outcome_figures(row, state)
         self.look_at_patience()
         return best
 

@@ -1,6 +1,7 @@
 """A run folder: what is in it, who may write it, and which checkpoint a name means.
 
-    runs/NAME/  config.yaml  metrics.jsonl  log.txt  samples.txt  mlflow.json  checkpoints/step_N/  last  best  .ray/
+    runs/NAME/  config.yaml  metrics.jsonl  log.txt  samples.txt  cost.json  estimate.json  mlflow.json
+                checkpoints/step_N/  last  best  .ray/
 
 The folder is the truth of a run. `last` and `best` are small files that name a checkpoint. A checkpoint is a Hugging
 Face folder with `training_state/` in it, and is valid only with its `manifest.json`, which is written last.
@@ -39,6 +40,8 @@ class Run:
     metrics = property(lambda self: self.path / "metrics.jsonl")
     log = property(lambda self: self.path / "log.txt")
     samples = property(lambda self: self.path / "samples.txt")
+    cost = property(lambda self: self.path / "cost.json")
+    estimate = property(lambda self: self.path / "estimate.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
     stop_request = property(lambda self: self.path / ".stop")
 
