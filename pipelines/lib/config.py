@@ -91,14 +91,14 @@ def overlay(old: Any, new: Any) -> Any:
     return {**old, **{k: overlay(old.get(k), v) for k, v in new.items()}}
 
 
-def recipe(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tree of a recipe file, laid over its `base`. name: a path, or the name of a file in pipelines/recipes/."""
+def recipe(name: str | Path, folder: Path = RECIPES, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a recipe file, laid over its `base`. name: a path, or the name of a file in `folder`."""
     path = Path(name)
     if not path.is_file():
-        path = RECIPES / f"{name}.yaml"
+        path = folder / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise InputError(f"no recipe {str(name)!r}: neither a file nor a name in {RECIPES.name}/{near(name, known)}")
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise InputError(f"no recipe {str(name)!r}: neither a file nor a name in {folder.name}/{near(name, known)}")
     path = path.resolve()
     if path in seen:
         raise InputError(f"recipe {path.name}: its `base` leads back to itself")
@@ -115,7 +115,7 @@ def recipe(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return tree
     beside = path.parent / f"{base}.yaml"
-    return overlay(recipe(beside if beside.is_file() else base, (*seen, path)), tree)
+    return overlay(recipe(beside if beside.is_file() else base, folder, (*seen, path)), tree)
 
 
 def scalar(text: str) -> Any:
@@ -183,7 +183,7 @@ def assemble(words: Sequence[str], cls: type, positional: str | None = None) -> 
         else:
             key, value = "recipe", word
         if key == "recipe" and (value is word or "recipe" not in names):
-            laid = recipe(value)
+            laid = recipe(value, getattr(cls, "RECIPES", RECIPES))
             tree = overlay(one_of(cls, tree, laid), laid)
             continue
         parsed: Any = scalar(value)

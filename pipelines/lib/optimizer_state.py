@@ -37,15 +37,19 @@ def split(optimizers: Optimizers, names: dict[int, str]) -> tuple[dict[str, torc
 
 
 def join(optimizers: Optimizers, names: dict[int, str], tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-    """Put back what `split` took, in place. Raises ValueError if the groups are not the same."""
+    """Put back what `split` took, in place. Raises ValueError if the groups are not the same.
+
+    What the optimizer was built with (learning rate, decay) stays: it is the config's, and a search that changes it
+    halfway (population-based training) means it.
+    """
     for o, optimizer in optimizers.items():
         by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
         for group, saved in zip(optimizer.param_groups, rest[o]["groups"], strict=True):
             if [names[id(p)] for p in group["params"]] != saved["params"]:
                 raise ValueError(f"optimizer {o}: the checkpoint groups its parameters in another way")
             for k, v in saved.items():
-                if k != "params":
-                    group[k] = tuple(v) if isinstance(group.get(k), tuple) else v
+                if k not in group:
+                    group[k] = v
         optimizer.state.clear()
         for name, t in tensors.items():
             owner, parameter, k = name.split("/")
