@@ -1,11 +1,16 @@
 """All model families: the registry, and how a model is made or opened.
 
 Importing this file loads configs only; the models themselves (5 s of transformers) come with the first create or load.
+A family or part of your own lives in a module of yours that calls `register` (or adds to a part's `kinds`); name it in
+the environment, NOVELLA_IMPORTS=my.module[,...], and every stage, worker and endpoint knows it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +27,18 @@ if TYPE_CHECKING:
 
     from models.lm import LM
 
-Family.kinds = {"gpt": GPT}
+IMPORTS = "NOVELLA_IMPORTS"
+Family.kinds = {}
+CONFIGS: dict[type[Family], type[FamilyConfig]] = {}
+_MODELS: dict[type[Family], Callable[[], type[LM]]] = {}
 
-CONFIGS: dict[type[Family], type[FamilyConfig]] = {GPT: GPTConfig}
-for _config in CONFIGS.values():
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+
+def register(name: str, family: type[Family], config: type[FamilyConfig], model: Callable[[], type[LM]]) -> None:
+    """Make a family known under a name. model: returns its class; called when the first model is made or loaded."""
+    Family.kinds[name] = family
+    CONFIGS[family], _MODELS[family] = config, model
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    classes.cache_clear()
 
 
 @functools.cache
@@ -34,12 +46,10 @@ def classes() -> dict[type[Family], tuple[type[FamilyConfig], type[LM]]]:
     """family -> its config and model class. Registers the models with AutoModelForCausalLM."""
     from transformers import AutoModelForCausalLM
 
-    from models.gpt.model import GPTForCausalLM
-
-    table: dict[type[Family], type[LM]] = {GPT: GPTForCausalLM}
-    for family, model_class in table.items():
-        AutoModelForCausalLM.register(CONFIGS[family], model_class, exist_ok=True)
-    return {family: (CONFIGS[family], model_class) for family, model_class in table.items()}
+    table = {family: (CONFIGS[family], model()) for family, model in _MODELS.items()}
+    for config, model_class in table.values():
+        AutoModelForCausalLM.register(config, model_class, exist_ok=True)
+    return table
 
 
 def preset(name: str) -> Family:
@@ -88,3 +98,14 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(f"{path}: its files hold no weights for {missing[0]}{more}, so this is not the whole model")
     return model.eval()
+
+
+def _gpt() -> type[LM]:
+    from models.gpt.model import GPTForCausalLM
+
+    return GPTForCausalLM
+
+
+register("gpt", GPT, GPTConfig, _gpt)
+for _name in filter(None, os.environ.get(IMPORTS, "").split(",")):
+    importlib.import_module(_name.strip())

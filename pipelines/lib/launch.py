@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from models.families import IMPORTS
 from models.spec import ConfigError
 from pipelines.lib.config import InputError
 from pipelines.lib.loop import Outcome, train
@@ -185,7 +186,7 @@ def worker_environment(config: TrainConfig) -> dict[str, str]:
     threads = config.threads or max(1, int(config.cpus_per_worker))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     environment = dict.fromkeys(names, str(threads))
-    for name in ("HF_HUB_OFFLINE", "NOVELLA_STORAGE"):
+    for name in ("HF_HUB_OFFLINE", "NOVELLA_STORAGE", IMPORTS):
         if name in os.environ:
             environment[name] = os.environ[name]
     return environment
