@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from models.spec import Part
 
@@ -96,6 +96,9 @@ class Problem(Protocol):
         Raises InputError for a key that is not there.
         """
 
+    def tree(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole config with settings that are not refused, as plain nested data; a part is a mapping with `kind`."""
+
     def refuses(self, settings: Mapping[str, Any]) -> str | None:
         """Why these settings cannot be (the error's line), or None."""
 
@@ -105,6 +108,8 @@ class Problem(Protocol):
 
 class Rule(Part):
     """How a search chooses its trials. Every kind is a frozen dataclass."""
+
+    looks_back: ClassVar[bool] = False  # whether it may take up any earlier checkpoint again (`Ask.source`)
 
     def next(self, problem: Problem, trials: Sequence[Trial]) -> Ask | Done | None:
         """The next piece of work; None: wait until a running trial ends; Done: nothing more, now or later.
