@@ -39,7 +39,7 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Batches]:
     config = dc.replace(config, data=data, out=str(storage_path(config.out)))
     if config.init_from is not None:
         config = start_from(config, storage_path(config.init_from))
-    folders = open_data(dc.replace(config, verify="size"))
+    folders = open_data([mix.path for mix in config.mixes], "size")
     vocab_size = max(folder.vocab_size for folder in folders)
     if config.model.vocab_size is None:
         config = dc.replace(config, model=dc.replace(cast(Any, config.model), vocab_size=vocab_size))

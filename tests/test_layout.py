@@ -64,6 +64,7 @@ def test_mlflow_is_imported_in_one_file_and_ray_in_few():
     assert where["ray"] == {
         "pipelines/lib/cluster.py",  # starts or joins Ray
         "pipelines/lib/launch.py",  # Ray Train
+        "pipelines/lib/search/executor.py",  # Ray Tune
         "pipelines/tokenize.py",  # Ray Data
         "pipelines/demo.py",  # Ray Serve, for one request
         "serving/app.py",  # Ray Serve

@@ -20,6 +20,9 @@ LOCAL_ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # our own progress lines; Ray's bars rewrite the terminal
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task with num_gpus=0 keeps CUDA_VISIBLE_DEVICES as it is
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux: bind 127.0.0.1 instead of the LAN address
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files: a trial's run folder has it all
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own record of an experiment, which nothing reads
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 OBJECT_STORE_BYTES = 256 * 2**20  # Ray's own default is 30 % of memory; our stages pass paths and counts, not data
 

@@ -12,10 +12,10 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from pipelines.lib.order import Order, Source, key
 from pipelines.lib.run import Run
 from pipelines.lib.runlog import Log, Metrics, write_sample
 from pipelines.lib.shards import TokenFolder, Tokens
-from pipelines.lib.training import TrainConfig
+from pipelines.lib.training import TrainConfig, Verify
 from pipelines.lib.world import World
 
 INIT, ORDER, DROPOUT = 0, 1, 2  # streams of the seed
@@ -164,24 +164,25 @@ def validation_windows(split: Tokens, seq_len: int, limit: int | None) -> np.nda
     return starts
 
 
-def open_data(config: TrainConfig) -> list[TokenFolder]:
-    """The token folders of a run, checked. Raises InputError for what is damaged or does not fit together."""
+def open_data(paths: Sequence[str], verify: Verify) -> list[TokenFolder]:
+    """The token folders of a run, checked. Raises InputError for what is damaged or does not fit together.
+
+    verify: TrainConfig.verify.
+    """
     folders = []
-    for mix in config.mixes:
-        if not Path(mix.path).exists():
-            raise InputError(
-                f"data={mix.path}: no such folder; make one with python -m pipelines.tokenize out={mix.path}"
-            )
-        verify = config.verify
+    how: Literal["size", "sha256"]
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"data={path}: no such folder; make one with python -m pipelines.tokenize out={path}")
         if verify == "auto":
-            size = sum(p.stat().st_size for p in Path(mix.path).iterdir()) if Path(mix.path).is_dir() else 0
-            verify = "sha256" if size < 4 * 2**30 else "size"
-        folders.append(TokenFolder.open(mix.path, verify=verify))
+            size = sum(p.stat().st_size for p in path.iterdir()) if path.is_dir() else 0
+            how = "sha256" if size < 4 * 2**30 else "size"
+        else:
+            how = verify
+        folders.append(TokenFolder.open(path, verify=how))
     hashes = {folder.manifest.get("tokenizer", {}).get("sha256") for folder in folders}
     if len(hashes) > 1:
-        raise InputError(
-            f"data: the folders were made with different tokenizers ({', '.join(m.path for m in config.mixes)})"
-        )
+        raise InputError(f"data: the folders were made with different tokenizers ({', '.join(map(str, paths))})")
     return folders
 
 
@@ -195,7 +196,7 @@ class Trainer:
         # Measuring the peak takes memory that is no part of the run's cost, so it comes first.
         self.peak = peak_flops(world.device, config.precision)
         self.cost = Cost(world)
-        self.folders = folders or open_data(config)
+        self.folders = folders or open_data([mix.path for mix in config.mixes], config.verify)
         self.batches = Batches(config, self.folders)
         self.total = config.total_steps(self.batches.order.samples_per_epoch)
         self.model = self._model()

@@ -30,6 +30,7 @@ HOW = frozenset(
     "out data num_workers cpus_per_worker gpus_per_worker device threads micro_batch max_failures wait_for_nodes "
     "verify keep_last keep_every save_every log_every sample_prompts sample_tokens track experiment name tags".split()
 )
+Verify = Literal["auto", "sha256", "size"]
 LENGTHS = ("steps", "tokens", "epochs", "seconds")
 
 
@@ -126,7 +127,7 @@ class TrainConfig:
     device: str = "auto"
     max_failures: int = 3
     wait_for_nodes: bool = False
-    verify: Literal["auto", "sha256", "size"] = "auto"
+    verify: Verify = "auto"
     track: Literal["mlflow", "none"] = "mlflow"
     experiment: str = "novella"
     name: str | None = None

@@ -97,7 +97,7 @@ class Problem(Protocol):
         """
 
     def tree(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole config with settings that are not refused, as plain nested data; a part is a mapping with `kind`."""
+        """The whole config with settings that are not refused, as plain data; a part is a mapping with `kind`."""
 
     def refuses(self, settings: Mapping[str, Any]) -> str | None:
         """Why these settings cannot be (the error's line), or None."""
@@ -142,5 +142,5 @@ class Rule(Part):
         return next(iter(done[best].values())).ask.settings if math.isfinite(means[best]) else None
 
     def records(self, problem: Problem, trials: Sequence[Trial]) -> Any:
-        """Plain data for OUT/results.yaml, written anew after every trial: rounds and decisions. None: there are none."""
+        """Plain data for OUT/results.yaml, written anew after every trial: rounds, decisions. None: there are none."""
         return None

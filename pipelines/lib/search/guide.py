@@ -1,0 +1,300 @@
+"""The driver's side of a search, without Ray: which piece is handed out next, and what is written when it ends.
+
+Between the rule (what would be worth knowing) and the executor (who does the work) stand here the ledger, the budgets,
+results that are known already, tries after a crash, and which checkpoints stay.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from models.spec import plain
+from pipelines.lib.config import write_yaml
+from pipelines.lib.run import write_atomic
+from pipelines.lib.search.ledger import Ledger
+from pipelines.lib.search.study import Study
+from pipelines.lib.search.trials import Ask, Done, Trial
+from pipelines.lib.search.worker import perform
+
+RESULTS, WINNER = "results.yaml", "winner"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece to be done. job: what worker.perform takes."""
+
+    number: int
+    job: dict[str, Any]
+
+
+class Guide:
+    """Hands out work and takes results, one call at a time.
+
+    ended: called with the row of every trial that has come to its end (not for those that were known already).
+    say: for lines that people should read.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        ledger: Ledger,
+        out: Path,
+        say: Callable[[str], None] = print,
+        ended: Callable[[dict[str, Any]], None] = lambda row: None,
+    ):
+        self.study, self.ledger, self.out, self.say, self.ended = study, ledger, out, say, ended
+        self.config, self.rule = study.config, study.config.rule
+        self.again = list(ledger.running)  # a driver that was killed left them, or they are tried once more
+        self.active: set[int] = set()
+        self.known: dict[tuple[str, int, float], int] = {}
+        for row in ledger.ended():
+            self._remember(row)
+        self.stopping = ""  # why nothing more is handed out
+        self.began = time.monotonic()
+        self.before_s = ledger.spent_s
+
+    # ---- what the executor calls
+
+    def next(self) -> Work | Done | None:
+        """The next piece; None: not now; Done: all is ended."""
+        if not self.stopping:
+            self.stopping = self.over_budget()
+        while not self.stopping:
+            if self.again:
+                return self._start(self.ledger.trials[self.again.pop(0)])
+            found = self.rule.next(self.study, self.ledger.trials)
+            if isinstance(found, Done):
+                return self._finish(found)
+            if found is None:
+                if not self.active:
+                    raise RuntimeError(f"rule {type(self.rule).__name__} waits for trials, but none is running")
+                return None
+            if work := self._ask(found):
+                return work
+            self.stopping = self.over_budget()
+        return None if self.active else Done(self.stopping)
+
+    def end(self, number: int, outcome: dict[str, Any] | None, error: str = "") -> None:
+        """Take what came of a piece; outcome None: its process died, `error` says how."""
+        self.active.discard(number)
+        row = self.ledger.rows[number]
+        outcome = outcome or {"status": "failed", "metrics": {}, "cost": {}, "checkpoint": None, "error": error}
+        if outcome["status"] == "interrupted":
+            self.ledger.write("end", number=number, **outcome)
+            self.again.append(number)
+            return
+        if outcome["status"] == "failed" and row["attempt"] <= self.config.retries:
+            self.say(f"trial {number} failed and is tried again: {outcome['error']}")
+            self.ledger.write("end", number=number, **{**outcome, "status": "interrupted"})
+            self.again.append(number)
+            return
+        if outcome["checkpoint"]:
+            outcome["checkpoint"] = f"{row['run']}/{outcome['checkpoint']}"
+        self.ledger.write("end", number=number, **outcome)
+        row = self.ledger.rows[number]
+        self._remember(row)
+        self.prune()
+        self.write_results()
+        self.ended(row)
+
+    # ---- budgets
+
+    def over_budget(self) -> str:
+        """Which budget is used up, in words; empty while there is some left."""
+        config, asked = self.config, [t for t in self.ledger.trials if not self._was_known(t.number)]
+        if config.trials is not None and len(asked) >= config.trials and not self.again:
+            return f"the budget of {config.trials} trials is used up"
+        if config.tokens is not None and self.tokens() >= config.tokens and not self.again:
+            return f"the budget of {config.tokens:,} tokens is used up"
+        if config.seconds is not None and self.elapsed_s() >= config.seconds:
+            return f"the budget of {config.seconds:g} seconds is used up"
+        return ""
+
+    def elapsed_s(self) -> float:
+        return self.before_s + time.monotonic() - self.began
+
+    def tokens(self) -> int:
+        """Tokens of all pieces that were handed out."""
+        return sum(row["piece_tokens"] for row in self.ledger.rows.values())
+
+    # ---- handing out
+
+    def _ask(self, ask: Ask) -> Work | None:
+        """Start the trial that the rule asks for; None if its result is known already and was written down."""
+        number = len(self.ledger.trials)
+        if reason := self.study.refuses(ask.settings):
+            self._write_start(number, ask, "", {}, 0)
+            self._write_known(number, {"status": "refused", "metrics": {}, "cost": {}, "error": reason})
+            return None
+        config = self.study.train_config(ask.settings, ask.seed)
+        ident = self.study.id_of(config)
+        earlier = self.known.get((ident, ask.seed, ask.share)) if ask.source is None else None
+        if earlier is not None:
+            row = self.ledger.rows[earlier]
+            if not ask.keep or self._has(row):
+                self._write_start(number, ask, ident, {"run": row["run"], "same_as": earlier}, 0)
+                result = {k: row[k] for k in ("status", "metrics", "cost", "checkpoint", "error")}
+                self._write_known(number, result)
+                return None
+        folder, goes_on = self._place(ask, ident)
+        until = self.study.steps(config, ask.share)
+        tokens = max(0, until - goes_on) * config.batch_tokens
+        more = {"run": folder, "until": until, "steps": self.study.steps(config)}
+        self._write_start(number, ask, ident, more, tokens)
+        return self._work(number)
+
+    def _place(self, ask: Ask, ident: str) -> tuple[str, int]:
+        """The run folder of a piece, and the update that it goes on from."""
+        folder = f"trials/{ident}-s{ask.seed}"
+        if ask.source is None:
+            return folder, self._reached(folder)
+        source = self.ledger.rows[ask.source]
+        if (source["id"], source["seed"]) == (ident, ask.seed) and self._reached(source["run"]) == source["until"]:
+            return source["run"], source["until"]
+        return f"{folder}-from{ask.source}", source["until"]
+
+    def _reached(self, folder: str) -> int:
+        """The furthest update to which a piece was trained in a run folder."""
+        return max((row["until"] for row in self.ledger.ended() if row.get("run") == folder), default=0)
+
+    def _write_start(self, number: int, ask: Ask, ident: str, more: dict[str, Any], tokens: int) -> None:
+        ends = {"status": "running", "run": "", "until": 0, "same_as": None, **more}
+        command = self.study.command(ask.settings, ask.seed, str(self.out / ends["run"])) if ends["run"] else ""
+        self.ledger.write(
+            "start",
+            number=number,
+            id=ident,
+            seed=ask.seed,
+            share=ask.share,
+            settings=dict(ask.settings),
+            keep=ask.keep,
+            source=ask.source,
+            why=ask.why,
+            attempt=1,
+            piece_tokens=tokens,
+            command=command,
+            **ends,
+        )
+
+    def _write_known(self, number: int, result: dict[str, Any]) -> None:
+        self.ledger.write("end", number=number, **{"checkpoint": None, **result})
+        if result["status"] == "refused":
+            self.say(f"trial {number} refused: {result['error']}")
+        self.write_results()
+
+    def _start(self, trial: Trial) -> Work:
+        """Start a trial once more: it goes on from its checkpoint if it has one."""
+        row = self.ledger.rows[trial.number]
+        again = {k: row[k] for k in row if k not in ("metrics", "cost", "checkpoint", "error", "status", "number")}
+        self.ledger.write("start", number=trial.number, **{**again, "attempt": row["attempt"] + 1})
+        return self._work(trial.number)
+
+    def _work(self, number: int) -> Work:
+        row = self.ledger.rows[number]
+        folder = self.out / row["run"]
+        config = replace(self.study.train_config(row["settings"], row["seed"], str(folder)), keep_last=0)
+        source = None
+        if row["source"] is not None and self.ledger.rows[row["source"]]["run"] != row["run"]:
+            source = self.ledger.rows[row["source"]]["checkpoint"]
+        objective = self.config.objective
+        sign = 1.0 if objective.mode == "min" else -1.0
+        below = (objective.metric, sign, self._limit()) if row["share"] == 1.0 else None
+        piece = {"until": row["until"], "keep": row["keep"], "below": below}
+        self.active.add(number)
+        job = {"config": plain(config), "run": str(folder), "piece": piece}
+        return Work(number, {**job, "source": str(self.out / source) if source else None})
+
+    def _limit(self) -> float:
+        """What a trial's objective must lie below for its checkpoint to stay: that of the last one of the `keep`."""
+        losses = sorted(self.config.objective.loss(t) for t in self._whole() if self._has(self.ledger.rows[t.number]))
+        return losses[self.config.keep - 1] if len(losses) >= self.config.keep else math.inf
+
+    # ---- what is known, what stays
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        if row["status"] == "done":
+            self.known.setdefault((row["id"], row["seed"], row["share"]), row["number"])
+
+    def _was_known(self, number: int) -> bool:
+        row = self.ledger.rows[number]
+        return row["same_as"] is not None or row["status"] == "refused"
+
+    def _whole(self) -> list[Trial]:
+        return [t for t in self.ledger.trials if t.status == "done" and t.ask.share == 1.0]
+
+    def _has(self, row: dict[str, Any]) -> bool:
+        return bool(row.get("checkpoint")) and (self.out / row["checkpoint"]).is_dir()
+
+    def prune(self, last: bool = False) -> None:
+        """Delete checkpoints that nothing goes on from: of whole trials all but the best `keep`, at the end all."""
+        held = [t for t in self._whole() if self._has(self.ledger.rows[t.number])]
+        held.sort(key=self.config.objective.loss)
+        stay = {self.ledger.rows[t.number]["checkpoint"] for t in held[: self.config.keep]}
+        if last and (winner := self.winner_row()):
+            stay.add(winner["checkpoint"])
+        if self.rule.looks_back and not last:
+            return
+        for row in self.ledger.rows.values():
+            if row["status"] in ("running", "refused") or not self._has(row) or row["checkpoint"] in stay:
+                continue
+            later = any(
+                r["run"] == row["run"] and r["until"] > row["until"] and r["status"] != "running"
+                for r in self.ledger.rows.values()
+            )
+            if last or row["share"] == 1.0 or later:
+                shutil.rmtree(self.out / row["checkpoint"], ignore_errors=True)
+
+    def winner_row(self) -> dict[str, Any] | None:
+        """The best whole trial among those of the winning settings, by objective."""
+        settings = self.rule.winner(self.study, self.ledger.trials)
+        if settings is None:
+            return None
+        ident = self.study.identity(settings)
+        mine = [t for t in self._whole() if t.id == ident]
+        return self.ledger.rows[min(mine, key=self.config.objective.loss).number] if mine else None
+
+    def _finish(self, done: Done) -> Work | Done | None:
+        """The rule has ended: see that the winner's checkpoint is there, by training it once more if need be."""
+        if self.active:
+            return None  # a running trial may still fail and be tried again
+        row = self.winner_row()
+        if row is not None and not self._has(row) and row["attempt"] <= self.config.retries + 1:
+            number = row["number"] if row["same_as"] is None else row["same_as"]
+            self.say(f"trial {number} is the winner and left no checkpoint; it is trained again for one")
+            self.ledger.rows[number]["keep"] = True
+            return self._start(self.ledger.trials[number])
+        return done
+
+    def close(self, reason: str) -> None:
+        """The search has ended by itself: keep the winner's checkpoint, drop the others, write the reason."""
+        self.prune(last=True)
+        row = self.winner_row()
+        if row is not None and self._has(row):
+            write_atomic(self.out / WINNER, row["run"] + "\n")
+            self.ledger.write("promoted", number=row["number"], checkpoint=row["checkpoint"])
+        self.ledger.write("done", reason=reason)
+        self.write_results()
+
+    def write_results(self) -> None:
+        """OUT/results.yaml: what the rule has decided so far, in one step so that a reader never sees half of it."""
+        records = self.rule.records(self.study, self.ledger.trials)
+        if records is not None:
+            write_atomic(self.out / RESULTS, write_yaml(plain(records)))
+
+
+def in_process(guide: Guide, stop: Callable[[], bool]) -> str:
+    """One piece after another here, without Ray, for notebooks, tests and debuggers. Returns why the search ended."""
+    while True:
+        if stop():
+            guide.stopping = guide.stopping or "stopped"
+        found = guide.next()
+        if isinstance(found, Done):
+            return found.reason
+        assert found is not None
+        guide.end(found.number, perform(found.job))
