@@ -151,7 +151,7 @@ class Space:
             raise InputError(f"{self.where}: expands to as many as {most:,} points; a rule that draws may search it")
         points: dict[str, dict[str, Any]] = {}
         count = 0
-        for point in _paths(lambda choose: self._draw(choose, set()), _values):
+        for point in paths(lambda choose: self._draw(choose, set()), _values):
             count += 1
             points.setdefault(_identity(point), point)
         return list(points.values()), count - len(points)
@@ -182,7 +182,7 @@ class Space:
 
         true: set[str] = set()
         seen = 0
-        for _ in itertools.islice(_paths(lambda choose: self._draw(choose, true), few), MOST_PATHS):
+        for _ in itertools.islice(paths(lambda choose: self._draw(choose, true), few), MOST_PATHS):
             seen += 1
         for number, sweep in enumerate(self.sweeps):
             for clause in sweep.clauses:
@@ -266,7 +266,7 @@ def _values(key: str, domain: Domain) -> Sequence[Any]:
     return domain.values
 
 
-def _paths(draw: Callable[[Choose], Any], values: Callable[[str, Domain], Sequence[Any]]) -> Iterator[Any]:
+def paths(draw: Callable[[Choose], Any], values: Callable[[str, Domain], Sequence[Any]]) -> Iterator[Any]:
     """The outcome of `draw` for every sequence of choices, the last choice fastest."""
     path: list[int] = []
     while True:
