@@ -45,6 +45,7 @@ from pipelines.lib.cluster import LOCAL_ENVIRONMENT, ensure_ray
 from pipelines.lib.config import InputError, assemble, describe, scalar
 from pipelines.lib.jobs import storage_path
 from pipelines.lib.run import resolve
+from pipelines.lib.tracking import endpoint
 from serving.protocol import (
     DONE,
     PLAIN_STOPS,
@@ -74,6 +75,7 @@ API_KEY = "NOVELLA_API_KEY"
 EVENTS_PER_S = 500  # of all streams together: each costs 0.6 ms of CPU on its way through Ray Serve
 OUT_OF_REACH = 100_000
 HUNG_UP = (ClientDisconnect, TaskCancelledError, RequestCancelledError)
+CLOSE_S = 5.0  # MLflow has this long to take the end of the server
 DRAIN_S = 20.0  # requests that are open when the server is told to stop have this long to end
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -114,6 +116,7 @@ class ServeConfig:
     replicas: copies of the model
     num_cpus: CPUs that Ray sets aside for a replica; a small share lets it stand beside other work
     num_gpus: GPUs of a replica; none: 1 if device is cuda
+    track: mlflow shows the endpoint below the model it serves, where that is of a tracked run (not from a config file)
     """
 
     run: str
@@ -137,6 +140,7 @@ class ServeConfig:
     replicas: int = 1
     num_cpus: float = 0.2
     num_gpus: float | None = None
+    track: Literal["mlflow", "none"] = "mlflow"
 
     def __post_init__(self) -> None:
         positive = ("threads", "rows", "chunk", "max_requests", "max_sequences", "max_tokens", "replicas")
@@ -176,7 +180,7 @@ def build(args: dict[str, Any]) -> Application:
         # Here, because replicas work in directories of Ray's own, and so that all of them serve the same checkpoint.
         folder = resolve(storage_path(config.run), config.which).absolute()
         if command is not None:
-            prepare(command, config)
+            prepare(command, config, folder)
     except (ConfigError, InputError) as error:
         if command is None:
             raise
@@ -211,10 +215,10 @@ class Refusal(click.ClickException):
         click.echo(f"error: {self.message}", file=file, err=True)
 
 
-def prepare(command: click.Context, config: ServeConfig) -> None:
+def prepare(command: click.Context, config: ServeConfig, folder: Path) -> None:
     """Start Ray and Serve as we want them, before `serve run` does; not if the command says where or how.
 
-    Raises InputError for a port that is taken.
+    folder: the checkpoint that will be served.  Raises InputError for a port that is taken.
     """
     named = ("address", "working_dir", "runtime_env", "runtime_env_json")
     if command.info_name != "run" or any(command.params.get(name) for name in named):
@@ -231,6 +235,10 @@ def prepare(command: click.Context, config: ServeConfig) -> None:
                 raise InputError(f"host={config.host} port={config.port}: {error.strerror}; choose others") from None
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     end_gracefully(str(command.params.get("name") or "default"))
+    if config.track != "none":
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "api_key"}
+        tracker = endpoint(folder, f"http://{config.host}:{config.port}", settings)
+        command.call_on_close(lambda: tracker.close(wait_s=CLOSE_S))
 
 
 def start_again(words: Sequence[str]) -> NoReturn:

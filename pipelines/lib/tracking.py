@@ -13,6 +13,9 @@ The only file that imports mlflow, used in drivers only. The run folder is the t
 A call on a Tracker only writes a line; one thread copies. So the loop never waits for a server, and whoever comes
 later (a resumed driver, `sync`) goes on where the copy stands. Two at once do no harm: a file lock lets one copy at a
 time, the cursor travels in the batch that it describes, and MLflow keeps one row per (run, name, step, time, value).
+
+A search is a run like others, and each of its trials a run below it (`Children`), copied once it has ended. So one tree
+goes from tokens (a run's input) to runs, the models that they logged, what was measured on these, and their endpoints.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +43,7 @@ from models.spec import near
 from pipelines.lib import machine
 from pipelines.lib.config import InputError, write_yaml
 from pipelines.lib.jobs import Parser, storage_path, storage_root
-from pipelines.lib.jsonl import append, figures, row_at, rows
+from pipelines.lib.jsonl import append, figures, finite, row_at, rows
 
 EXPERIMENT = "novella"
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "databricks-uc")
@@ -49,6 +53,7 @@ PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
 DIGEST_CHARACTERS = 36
 TAG_CHARACTERS = 8000
+STATUS = {"done": "FINISHED", "failed": "FAILED", "refused": "FAILED", "interrupted": "KILLED"}  # a trial's -> MLflow's
 # Against a dead server MLflow would try for four minutes, each time for two; here a thread tries again anyway.
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -155,6 +160,12 @@ class Tracker:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to the table `name`.json, which the MLflow page shows; a row that it has is not repeated."""
 
+    def board(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the table `name`.json, of the run folder and on the MLflow page, by these rows.
+
+        Cheap to call often: what has not changed is not written, and only the newest of several is uploaded.
+        """
+
     def checkpoint(self, path: str | os.PathLike[str], step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Show a checkpoint folder as a logged model of the run: it names the path, nothing is uploaded or pickled.
 
@@ -162,7 +173,10 @@ class Tracker:
         """
 
     def uses_model(self, run_dir: str | os.PathLike[str], step: int) -> None:
-        """Show that this run (an evaluation, a server) works on the checkpoint `step` of the run in `run_dir`."""
+        """Show that this run (an evaluation, a server) works on the checkpoint `step` of the run in `run_dir`.
+
+        The model becomes an input; the tag `trained_by` holds its run, as MLflow's search knows no model inputs.
+        """
 
     def plot(self, name: str, keys: Sequence[str]) -> None:
         """Draw columns of metrics.jsonl over the steps into RUN/plots/`name`.png and upload it."""
@@ -186,6 +200,7 @@ class MlflowTracker(Tracker):
         self.copy = Copy(folder, uri)
         self.looked, self.closing = threading.Event(), threading.Event()
         self.trouble: str | None = None  # why the last look failed
+        self.boards: dict[str, str] = {}  # as last written
         self.threads = [threading.Thread(target=self._follow, name="tracking", daemon=True)]
         if system_s:
             self.threads.append(threading.Thread(target=self._sample, name="system-metrics", daemon=True))
@@ -217,6 +232,13 @@ class MlflowTracker(Tracker):
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self.note("table", name=name, rows=[dict(row) for row in rows])
+
+    def board(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        text = table_text(rows)
+        if self.boards.get(name) != text:
+            replace_text(self.folder / f"{name}.json", text)  # before the note, which says that there is something new
+            self.note("board", name=name)
+            self.boards[name] = text
 
     def checkpoint(self, path: str | os.PathLike[str], step: int, metrics: Mapping[str, float] | None = None) -> None:
         self.note("checkpoint", path=self._inside(path), step=step, values=dict(metrics or {}))
@@ -285,6 +307,149 @@ class MlflowTracker(Tracker):
                 step += 1
 
 
+class Children:
+    """The trials of a search as MLflow runs below its own, each copied after it has ended, by one thread for all.
+
+    `add` writes a few lines into the trial's folder and returns. A server that is away holds nothing up: the thread
+    tries again, and `sync` on the search's folder brings what is still missing when this process ends. After a kill,
+    add again the trials that `copied` does not know; what MLflow has already is not repeated.
+    """
+
+    def __init__(self, parent: Tracker, interval_s: float = 2.0) -> None:
+        """parent: the search's tracker; one that is off switches this off.  interval_s: between two tries, at first."""
+        self.parent = parent.folder if isinstance(parent, MlflowTracker) else None
+        self.interval_s = interval_s
+        self.todo: deque[Copy] = deque()  # what the thread has not copied yet
+        self.done: deque[tuple[Path, str]] = deque()
+        self.woken, self.closing = threading.Event(), threading.Event()
+        self.trouble: str | None = None  # why the last try failed
+        self.thread = threading.Thread(target=self._work, name="trials-to-mlflow", daemon=True)
+        if self.parent is not None:
+            self.uri, self.tags, self.git_sha = tracking_uri(), machine.tags(), machine.git_sha()
+            self.thread.start()
+
+    def add(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        name: str,
+        config: Mapping[str, Any],
+        status: str,
+        metrics: Mapping[str, float],
+        step: int,
+        checkpoint: str | os.PathLike[str] | None = None,
+        stage: str = "trial",
+        tags: Mapping[str, Any] | None = None,
+        datasets: Sequence[tuple] = (),
+    ) -> None:
+        """Show an ended trial, or what has become of it since it was added before.
+
+        config: resolved, as plain data.  status: done, failed, refused or interrupted.  metrics: its final figures,
+        named alike in all trials (`val/bpb`, `cost/parameters`), so that MLflow's charts line them up.  step: at which
+        it ended.  checkpoint: its folder of that step, if that is kept: shown as a logged model.  tags, datasets: as in
+        `Tracker.start`.
+        """
+        if self.parent is None:
+            return
+        folder = storage_path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        inside = lambda path: os.path.relpath(storage_path(path), folder)  # so that the search's folder can be moved
+        start = {
+            "do": "start",
+            "stage": stage,
+            "name": name,
+            "config": config,
+            "tags": {"stage": stage, "run_dir": str(folder), **self.tags, **(tags or {})},
+            "git_sha": self.git_sha,
+            "datasets": [Dataset(*dataset) for dataset in datasets],
+            "parent": inside(self.parent),
+            "resume_id": None,
+        }
+        kept = {"do": "checkpoint", "path": inside(checkpoint), "step": step, "values": {}} if checkpoint else None
+        end = {"do": "end", "status": STATUS[status], "step": step, "values": metrics}
+        new = jsonable(finite([note for note in (start, kept, end) if note]))
+        file, now = folder / "tracking.jsonl", time.time_ns() // 1_000_000
+        old = [note for note, _ in rows(file) if note and note["do"] in ("start", "checkpoint", "end")]
+        key = next((note["key"] for note in old if note["do"] == "start"), None)
+        told = [{name: note[name] for name in note if name not in ("time_ms", "key")} for note in old[-len(new) :]]
+        if told != new:
+            for note in new:
+                mark = {"key": key or uuid.uuid4().hex} if note["do"] == "start" else {}
+                append(file, {"time_ms": now, **mark, **note})
+        self.todo.append(Copy(folder, self.uri, new=key is None))
+        self.woken.set()
+
+    def news(self) -> list[tuple[Path, str]]:
+        """The trials whose copy was finished since the last call: (folder, id of the MLflow run)."""
+        return [self.done.popleft() for _ in range(len(self.done))]
+
+    def close(self, wait_s: float = 60.0) -> None:
+        """Copy what is left. wait_s: how long a slow server may take; then it is said what brings the rest."""
+        if self.parent is None or self.closing.is_set():
+            return
+        self.closing.set()
+        self.woken.set()
+        self.thread.join(wait_s)
+        if left := len(self.todo):
+            why = self.trouble or f"it took more than {wait_s:.0f} s"
+            say(f"MLflow at {public(self.uri)} lacks {left} of the trials ({why}); later: {catch_up(self.parent)}")
+
+    def _work(self) -> None:
+        """The thread: one trial after another; on trouble say so once, wait longer, go on with the next one."""
+        wait_s = self.interval_s
+        while True:
+            last = self.closing.is_set()
+            if not self.todo:
+                if last:
+                    return
+                self.woken.wait()
+                self.woken.clear()
+                continue
+            copy = self.todo[0]
+            try:
+                copy.look(last=True)
+                assert copy.run_id is not None
+                self.done.append((copy.folder, copy.run_id))
+                self.todo.popleft()
+                self.trouble, wait_s = None, self.interval_s
+                continue
+            except RunGone as error:
+                say(str(error))
+                self.todo.popleft()
+                continue
+            except Exception as error:
+                if not self.trouble and not isinstance(error, Timeout | ParentMissing):
+                    say(f"{copy.shown} does not take trials ({first_line(error)}); the search goes on, they follow")
+                self.trouble, wait_s = first_line(error), min(60.0, 2 * wait_s)
+                copy.forget()
+            finally:
+                copy.release()
+            if last:
+                return
+            self.todo.rotate(-1)
+            self.closing.wait(wait_s)
+
+
+def endpoint(checkpoint: Path, url: str, settings: Mapping[str, Any]) -> Tracker:
+    """The MLflow run of a server on a checkpoint of a tracked run, with that model as its input; off for other folders.
+
+    A server that is started again on the same checkpoint and address goes on with its run. Nothing here waits for
+    MLflow or raises: a server serves, whatever becomes of its record. Call `close` when it stops.
+    """
+    run, step = checkpoint.parent.parent, checkpoint.name.removeprefix("step_")
+    try:
+        if not (run / "tracking.jsonl").is_file() or not step.isdigit():
+            return Tracker()
+        folder = run / "endpoints" / re.sub(r"[^\w.-]+", "-", f"{checkpoint.name}-{urlsplit(url).netloc}")
+        where = {"url": url, "run_dir": str(run)}
+        tracker = Tracker.start(folder, "serve", settings, name=run.name, tags=where, system_s=0, wait_s=0)
+        tracker.uses_model(run, int(step))
+        return tracker
+    except (InputError, OSError) as error:
+        say(f"this endpoint is not shown in MLflow ({first_line(error)})")
+        return Tracker()
+
+
 # ------------------------------------------------------------------------------------------------- the copy
 
 
@@ -292,11 +457,19 @@ class RunGone(Exception):
     """The run was deleted in MLflow while it was written to."""
 
 
-class Copy:
-    """The copy in MLflow of one run folder. Every call may raise what a store or a network can raise; then `forget`."""
+class ParentMissing(Exception):
+    """MLflow does not have the search yet whose trial is to be shown."""
 
-    def __init__(self, folder: Path, uri: str) -> None:
+
+class Copy:
+    """The copy in MLflow of one run folder. Every call may raise what a store or a network can raise; then `forget`.
+
+    new: the start line was written just now, so that no earlier copy can have made a run of it.
+    """
+
+    def __init__(self, folder: Path, uri: str, new: bool = False) -> None:
         self.folder, self.uri, self.shown = folder, uri, f"MLflow at {public(uri)}"
+        self.new = new
         self.lock = FileLock(folder / ".tracking.lock", thread_local=False)
         self.run_id: str | None = None
         self.complete = False  # all that the folder held at the last look is in MLflow
@@ -309,6 +482,8 @@ class Copy:
         self.at: dict[str, int] = {}  # the step up to which MLflow has a file
         self.read = dict.fromkeys((*CURSORS, "tracking.jsonl"), 0)  # bytes
         self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.boards: dict[str, str] = {}  # as uploaded
+        self.seen: Any = None  # the run as it was found, until the first line is done
         self.complete = False
 
     def look(self, last: bool = False) -> None:
@@ -357,10 +532,8 @@ class Copy:
         return {}
 
     def _save(self) -> None:
-        text = json.dumps({"tracking_uri": public(self.uri), **self.state}, indent=1)
-        fresh = self.folder / ".mlflow.json.new"
-        fresh.write_text(text)
-        os.replace(fresh, self.folder / "mlflow.json")
+        state = {"tracking_uri": public(self.uri), **self.state}
+        replace_text(self.folder / "mlflow.json", json.dumps(state, indent=1))
 
     def _open(self) -> None:
         """Find the run of this folder, or make it: named by mlflow.json, by the start line, or by that line's key."""
@@ -372,26 +545,44 @@ class Copy:
         self.state = self._saved()
         run = find_run(client, self.state.get("run_id")) or find_run(client, start["resume_id"])
         if run is None:
-            experiment = experiment_id(client, start["experiment"], artifacts_beside(self.uri))
-            same = client.search_runs([experiment], f"tags.`novella.key` = '{start['key']}'", max_results=1)
-            run = same[0] if same else self._create(client, experiment, start)
+            parent = self._parent(start)
+            experiment = parent.get("experiment_id") or experiment_id(
+                client, start.get("experiment") or EXPERIMENT, artifacts_beside(self.uri)
+            )
+            new, self.new = self.new, False
+            key = f"tags.`novella.key` = '{start['key']}'"
+            same = [] if new else client.search_runs([experiment], key, max_results=1)
+            run = same[0] if same else self._create(client, experiment, start, parent.get("run_id"))
         if run.info.run_id != self.state.get("run_id"):
             self.state = {"experiment_id": run.info.experiment_id, "run_id": run.info.run_id, "done": 0}
             self.state |= {"models": {}, "folders": {}}
             self._save()
         self.run_id = run.info.run_id
         self.at = {name: int(run.data.metrics.get(cursor, -1)) for name, cursor in CURSORS.items()}
-        self.client = client
+        self.client, self.seen = client, run
+
+    def _parent(self, start: dict[str, Any]) -> dict[str, Any]:
+        """Run and experiment of the search that a trial belongs to; empty for what is no trial, or has lost its search.
+
+        Raises ParentMissing while that is not copied itself.
+        """
+        folder = self.folder / start.get("parent", "")
+        if folder == self.folder or not (folder / "tracking.jsonl").is_file():
+            return {"run_id": start.get("parent_run_id")}
+        state = Copy(folder, self.uri)._saved()
+        if not state:
+            raise ParentMissing(f"{self.shown} does not have the search yet; {catch_up(folder.resolve())}")
+        return state
 
     @staticmethod
-    def _create(client: Any, experiment: str, start: dict[str, Any]) -> Any:
+    def _create(client: Any, experiment: str, start: dict[str, Any], parent: str | None) -> Any:
         tags = {"novella.key": start["key"], "mlflow.source.name": f"pipelines.{start['stage']}"}
         tags |= {"mlflow.source.type": "JOB" if "ray_job" in start["tags"] else "LOCAL"}
         if "user" in start["tags"]:
             tags["mlflow.user"] = start["tags"]["user"]
-        if start["parent_run_id"]:
-            tags["mlflow.parentRunId"] = start["parent_run_id"]
-        return client.create_run(experiment, start["time_ms"], tags, start["name"])
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        return client.create_run(experiment, start["time_ms"], tags | tags_of(start), start["name"])
 
     # ---- rows
 
@@ -440,6 +631,8 @@ class Copy:
         for note, offset in rows(self.folder / "tracking.jsonl", self.read["tracking.jsonl"]):
             if note and note["do"] == "start":
                 self.state["datasets"] = note["datasets"]
+            if note and note["do"] == "board" and offset <= self.state["done"]:
+                self.boards.setdefault(note["name"], "")
             if note and note["do"] == "table":
                 table = self.tables.setdefault(note["name"], [])
                 table += [row for row in note["rows"] if row not in table]
@@ -447,6 +640,7 @@ class Copy:
                 if not last and self._too_early(note):
                     return False
                 self._do(note)
+                self.seen = None
                 self.state["done"] = offset
                 self._save()
             self.read["tracking.jsonl"] = offset
@@ -471,21 +665,19 @@ class Copy:
         from mlflow.entities import Dataset as MlflowDataset
         from mlflow.entities import DatasetInput, InputTag, Param, RunTag
 
-        run = self.client.get_run(self.run_id)
+        run = self.seen or self.client.get_run(self.run_id)
         if run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
         params = flat_params(note["config"])
         known = run.data.params
-        tags = {key: value for key, value in note["tags"].items() if value is not None}
-        if note["git_sha"]:
-            tags["mlflow.source.git.commit"] = note["git_sha"]
-        tags |= {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
+        tags = tags_of(note) | {
+            f"changed.{key}": v[:TAG_CHARACTERS] for key, v in params.items() if known.get(key, v) != v
+        }
         new = [Param(key, value) for key, value in params.items() if key not in known]
-        for i in range(0, len(new), PARAMS_PER_BATCH):
-            self.client.log_batch(self.run_id, params=new[i : i + PARAMS_PER_BATCH], synchronous=True)
-        said = [RunTag(key, str(value)[:TAG_CHARACTERS]) for key, value in tags.items()]
-        for i in range(0, len(said), PARAMS_PER_BATCH):
-            self.client.log_batch(self.run_id, tags=said[i : i + PARAMS_PER_BATCH], synchronous=True)
+        said = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+        for i in range(0, max(len(new), len(said)), PARAMS_PER_BATCH):
+            part = slice(i, i + PARAMS_PER_BATCH)
+            self.client.log_batch(self.run_id, params=new[part], tags=said[part], synchronous=True)
         inputs = [
             DatasetInput(
                 MlflowDataset(
@@ -514,11 +706,21 @@ class Copy:
             self.client.log_artifact(self.run_id, str(path), note["folder"] or None)
 
     def _do_table(self, note: dict[str, Any]) -> None:
-        table, file = self.tables[note["name"]], f"{note['name']}.json"
-        columns = list(dict.fromkeys(key for row in table for key in row))
-        data = {"columns": columns, "data": [[row.get(key) for key in columns] for row in table]}
-        self.client.log_dict(self.run_id, data, file)
-        shown = [{"path": f"{name}.json", "type": "table"} for name in self.tables]
+        self.client.log_text(self.run_id, table_text(self.tables[note["name"]]), f"{note['name']}.json")
+        self._show_tables()
+
+    def _do_board(self, note: dict[str, Any]) -> None:
+        name = note["name"]
+        text = (self.folder / f"{name}.json").read_text()
+        if self.boards.get(name) != text:
+            self.client.log_text(self.run_id, text, f"{name}.json")
+            if name not in self.boards:
+                self.boards[name] = ""
+                self._show_tables()
+            self.boards[name] = text
+
+    def _show_tables(self) -> None:
+        shown = [{"path": f"{name}.json", "type": "table"} for name in (*self.tables, *self.boards)]
         self.client.set_tag(self.run_id, "mlflow.loggedArtifacts", json.dumps(shown))
 
     def _do_checkpoint(self, note: dict[str, Any]) -> None:
@@ -576,9 +778,20 @@ class Copy:
             self.client.set_tag(self.run_id, "trained_by", other["run_id"])
 
     def _do_end(self, note: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = []
         for pointer in ("best", "last"):
             with contextlib.suppress(OSError):
-                self.client.set_tag(self.run_id, f"checkpoint.{pointer}", (self.folder / pointer).read_text().strip())
+                tags.append(RunTag(f"checkpoint.{pointer}", (self.folder / pointer).read_text().strip()))
+        final: list[Any] = []
+        if values := note.get("values"):  # a figure that its row has is there already, and sent again it costs 20 ms
+            row = row_at(self.folder / "metrics.jsonl", note["step"]) or {}
+            values = {key: value for key, value in values.items() if key not in row}
+            model = self.state["models"].get(str(note["step"]))
+            final = self._metrics(values, row.get("time_ms", note["time_ms"]), note["step"], model)
+        if tags or final:
+            self.client.log_batch(self.run_id, metrics=final, tags=tags, synchronous=True)
         self._drop_models()
         self.client.set_terminated(self.run_id, note["status"], note["time_ms"])
 
@@ -746,6 +959,26 @@ def jsonable(tree: Any) -> Any:
     return json.loads(json.dumps(tree, default=str))
 
 
+def tags_of(start: dict[str, Any]) -> dict[str, str]:
+    """The tags of a start line, as long as MLflow takes them."""
+    tags = {key: str(value)[:TAG_CHARACTERS] for key, value in start["tags"].items() if value is not None}
+    return tags | ({"mlflow.source.git.commit": start["git_sha"]} if start["git_sha"] else {})
+
+
+def table_text(table: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as the JSON of a table artifact, which MLflow's page shows."""
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    data = {"columns": columns, "data": [[row.get(key) for key in columns] for row in table]}
+    return json.dumps(finite(data), default=str)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew in one step: a reader sees the old or the new one."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
 def metric_name(key: str) -> str:
     """A name that MLflow takes: letters, digits, `_-. :/`, no empty or dotted path parts, at most 250 characters."""
     parts = [
@@ -827,11 +1060,35 @@ def sync(folder: Path) -> str:
         if marks and marks[-1] == "start":
             append(path, {"do": "end", "time_ms": path.stat().st_mtime_ns // 1_000_000, "status": "KILLED"})
         copy.look(last=True)
+    except ParentMissing as error:
+        raise InputError(str(error)) from None
     finally:
         copy.release()
     if copy.run_id is None:
         raise InputError(f"{path} has no start line; the run cannot be made from it")
     return copy.run_id
+
+
+def sync_trials(folder: Path) -> int:
+    """Bring MLflow up to the trials of a search, whose run it has. Returns how many there are."""
+    count = 0
+    for path in sorted(folder.glob("*/*/tracking.jsonl")):
+        start = next((note for note, _ in rows(path) if note and note["do"] == "start"), {})
+        if "parent" in start and (path.parent / start["parent"]).resolve() == folder.resolve():
+            count += 1
+            if not copied(path.parent):
+                sync(path.parent)
+    return count
+
+
+def copied(folder: Path) -> str | None:
+    """The id of the MLflow run that holds all that the folder's tracking.jsonl says, None if there is none yet.
+
+    By the folder's files alone: no server is asked.  Raises InputError as `tracking_uri`.
+    """
+    copy = Copy(folder, tracking_uri())
+    copy.peek()
+    return copy.run_id if copy.complete else None
 
 
 def ui(host: str, port: int) -> None:
@@ -874,7 +1131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             ui(words.host, words.port)
         else:
             for folder in words.run:
-                print(f"{folder}: MLflow run {sync(storage_path(folder))} is up to date", flush=True)
+                run_id, trials = sync(storage_path(folder)), sync_trials(storage_path(folder))
+                more = f" with {trials} trials" if trials else ""
+                print(f"{folder}: MLflow run {run_id} is up to date{more}", flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ import pytest
 from pipelines.lib import jobs, machine, tracking
 from pipelines.lib.config import InputError, read_yaml
 from pipelines.lib.jsonl import append, figures, row_at, rows
-from pipelines.lib.tracking import Tracker
+from pipelines.lib.tracking import Children, Tracker
 
 FAST = {"interval_s": 0.02, "system_s": 0}
 CONFIG = {"model": {"kind": "gpt", "d_model": 64, "norm": {"kind": "rmsnorm", "eps": 1e-6}}, "optim": {"lr": 1e-3}}
@@ -435,6 +435,10 @@ def test_tracking_off_does_nothing(tmp_path, monkeypatch):
         tracker.metrics({"a": 1.0})
         tracker.artifact(tmp_path)
         tracker.table("t", [{}])
+        tracker.board("t", [{}])
+        children = Children(tracker)
+        children.add(tmp_path / "trial", name="t", config={}, status="done", metrics={}, step=1)
+        children.close()
         tracker.checkpoint(tmp_path, 1)
         tracker.uses_model(tmp_path, 1)
         tracker.plot("loss", ["a"])
@@ -528,6 +532,204 @@ def until(condition, seconds=60):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# ---- a search and its trials
+
+
+def trial(out, i, steps=4):
+    """A trial's folder as its training leaves it, and what a search says of it."""
+    folder = out / "trials" / f"t{i}-s0"
+    for step in range(1, steps + 1):
+        if not row_at(folder / "metrics.jsonl", step):
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            append(folder / "metrics.jsonl", row(step, **({"val/bpb": 2.0 + i} if step == steps else {})))
+    return folder, {
+        "name": f"t{i}-s0",
+        "config": {**CONFIG, "optim": {"lr": 1e-3 * (i + 1)}},
+        "status": "done",
+        "metrics": {"val/bpb": 2.0 + i, "val/score": 0.5, "cost/parameters": 1000.0 + i},
+        "step": steps,
+        "tags": {"trial": i},
+        "datasets": [("stdlib", "f" * 64, "shards")],
+    }
+
+
+def search(environment, out, n):
+    """A driver of a search of n trials, which adds what is not copied yet; the test kills it."""
+    os.environ.update(environment)
+    with Tracker.start(out, "search", {"rule": "sweep"}, **FAST) as tracker:
+        children = Children(tracker, interval_s=0.02)
+        for i in range(n):
+            folder, what = trial(out, i)
+            if not tracking.copied(folder):
+                children.add(folder, **what)
+        children.close(100)
+
+
+def children_of(client, run_id):
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{run_id}'")
+
+
+def test_a_search_killed_twice_shows_thirty_trials_once_each_and_every_step_once(store, tmp_path, processes):
+    out = tmp_path / "search"
+    for copied in (4, 15):
+        driver = processes.Process(target=search, args=(dict(os.environ), out, 30))
+        driver.start()
+        until(lambda copied=copied: len(list(out.glob("trials/*/mlflow.json"))) >= copied)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.join()
+    assert len(list(out.glob("trials/*/mlflow.json"))) < 30
+    search(os.environ, out, 30)
+    (parent,) = [r for r in store.search_runs(["1"]) if r.data.tags["stage"] == "search"]
+    found = children_of(store, parent.info.run_id)
+    assert sorted(r.info.run_name for r in found) == sorted(f"t{i}-s0" for i in range(30))
+    assert {r.info.status for r in found} == {"FINISHED"} and {frozenset(r.data.metrics) for r in found} == {
+        frozenset(found[0].data.metrics)
+    }
+    for run in found:
+        folder = Path(run.data.tags["run_dir"])
+        assert history(store, run.info.run_id) == expected(folder / "metrics.jsonl")
+        for key in ("val/bpb", "val/score", "cost/parameters"):
+            assert len(history(store, run.info.run_id, key)) == 1
+        assert tracking.copied(folder) == run.info.run_id
+        assert len([n for n, _ in rows(folder / "tracking.jsonl") if n["do"] == "end"]) == 1
+    assert len({r.data.params["optim.lr"] for r in found}) == 30
+
+
+def test_a_trial_that_goes_on_is_one_run_and_saying_the_same_again_writes_nothing(store, tmp_path):
+    with Tracker.start(tmp_path / "search", "search", {}, **FAST) as tracker:
+        children = Children(tracker)
+        for steps in (2, 2, 4):
+            folder, what = trial(tmp_path / "search", 0, steps)
+            children.add(folder, **what)
+        children.close()
+    assert {run_id for _, run_id in children.news()} == {tracking.copied(folder)} and not children.news()
+    (run,) = children_of(store, tracker.run_id)
+    assert [step for step, *_ in history(store, run.info.run_id, "cost/parameters")] == [2, 4]
+    assert history(store, run.info.run_id) == expected(folder / "metrics.jsonl")
+    assert [n["do"] for n, _ in rows(folder / "tracking.jsonl")] == ["start", "end", "start", "end"]
+    assert run.info.status == "FINISHED"
+
+
+def test_a_trial_whose_making_was_cut_off_before_it_was_noted_is_not_made_twice(store, tmp_path, monkeypatch):
+    save, failures = tracking.Copy._save, [OSError("the disk was full just then")]
+
+    def fail_once(self):
+        if "trials" in self.folder.parts and failures:
+            raise failures.pop()
+        save(self)
+
+    monkeypatch.setattr(tracking.Copy, "_save", fail_once)
+    with Tracker.start(tmp_path / "search", "search", {}, **FAST) as tracker:
+        children = Children(tracker, interval_s=0.02)
+        folder, what = trial(tmp_path / "search", 0)
+        children.add(folder, **what)
+        until(lambda: tracking.copied(folder))
+        children.close()
+    assert not failures and [r.info.run_id for r in children_of(store, tracker.run_id)] == [tracking.copied(folder)]
+
+
+def test_a_search_goes_on_without_its_server_and_its_trials_follow_when_it_answers(
+    store, tmp_path, monkeypatch, capsys
+):
+    connect, out = tracking.connect, tmp_path / "search"
+
+    def refuse(uri):
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(tracking, "connect", refuse)
+    tracker = Tracker.start(out, "search", {}, **FAST)
+    children = Children(tracker, interval_s=0.02)
+    folder, what = trial(out, 0)
+    children.add(folder, **what)
+    until(lambda: tracker.trouble and children.trouble)
+    assert tracker.run_id is None and not tracking.copied(folder)
+    monkeypatch.setattr(tracking, "connect", connect)
+    until(lambda: tracking.copied(folder))
+    monkeypatch.setattr(tracking, "connect", refuse)
+    late, what = trial(out, 1)
+    children.add(late, **what | {"status": "failed"})
+    children.close()
+    tracker.close()
+    assert f"lacks 1 of the trials (connection refused); later: python -m pipelines.lib.tracking sync {out}" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setattr(tracking, "connect", connect)
+    assert tracking.main(["sync", str(out)]) == 0
+    assert "is up to date with 2 trials" in capsys.readouterr().out
+    assert sorted(r.info.status for r in children_of(store, tracker.run_id)) == ["FAILED", "FINISHED"]
+
+
+def test_a_board_is_replaced_and_of_many_only_the_newest_is_uploaded(store, tmp_path, monkeypatch):
+    run, uploads = tmp_path / "search", []
+    log_text = type(store).log_text
+    monkeypatch.setattr(
+        type(store), "log_text", lambda *a: uploads.append(a[3]) if a[3] == "leaderboard.json" else log_text(*a)
+    )
+    with Tracker.start(run, "search", {}, interval_s=60, system_s=0) as tracker:
+        for i in range(50):
+            tracker.board(
+                "leaderboard", [{"trial": "a", "val/bpb": 2.0 - i / 100}, {"trial": "b", "val/bpb": math.nan}]
+            )
+        tracker.board("leaderboard", [{"trial": "a", "val/bpb": 1.51}, {"trial": "b", "val/bpb": math.nan}])
+    assert len(uploads) == 1
+    monkeypatch.setattr(type(store), "log_text", log_text)
+    with Tracker.start(run, "search", {}, **FAST) as tracker:
+        tracker.board("leaderboard", [{"trial": "a", "val/bpb": 1.51}, {"trial": "b", "val/bpb": math.nan}])
+        tracker.table("samples", [{"text": "x"}])
+    table = json.loads(Path(store.download_artifacts(tracker.run_id, "leaderboard.json", str(tmp_path))).read_text())
+    assert table == {"columns": ["trial", "val/bpb"], "data": [["a", 1.51], ["b", None]]}
+    shown = json.loads(store.get_run(tracker.run_id).data.tags["mlflow.loggedArtifacts"])
+    assert {entry["path"] for entry in shown} == {"leaderboard.json", "samples.json"}
+
+
+def test_one_tree_goes_from_tokens_and_from_a_search_to_model_evaluation_and_endpoint(store, tmp_path):
+    """Walked by MLflow's own API only: who reads this data set, what did it log, who uses that."""
+    out = tmp_path / "search"
+    with Tracker.start(out, "search", {}, **FAST) as tracker:
+        children = Children(tracker)
+        for i in (0, 1):
+            folder, what = trial(out, i)
+            kept = folder / "checkpoints" / "step_4"
+            kept.mkdir()
+            children.add(folder, **what | ({"checkpoint": kept} if i == 0 else {}))
+        children.close()
+    served = out / "trials" / "t0-s0"
+    with Tracker.attach(served, interval_s=0.02) as attached:
+        attached.metrics({"eval/val/bpb": 1.9}, step=4)
+    for _ in range(2):  # started again: the same run
+        server = tracking.endpoint(served / "checkpoints" / "step_4", "http://127.0.0.1:8000", {"rows": 16})
+        server.close()
+    experiment = [store.get_experiment_by_name("novella").experiment_id]
+    readers = store.search_runs(experiment, f"dataset.digest = '{'f' * 36}'")
+    below = store.search_runs(experiment, f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
+    assert {r.info.run_id for r in readers} == {r.info.run_id for r in below} and len(below) == 2
+    (run,) = [r for r in below if r.outputs and r.outputs.model_outputs]
+    model = store.get_logged_model(run.outputs.model_outputs[0].model_id)
+    assert model.source_run_id == run.info.run_id and model.tags["path"] == str(served / "checkpoints" / "step_4")
+    figures = {m.key: (m.value, m.dataset_digest) for m in model.metrics}
+    assert figures["val/bpb"] == (2.0, "f" * 36) and figures["eval/val/bpb"][0] == 1.9
+    assert figures["cost/parameters"][0] == 1000.0
+    (user,) = store.search_runs(experiment, f"tags.trained_by = '{run.info.run_id}'")
+    serving = store.get_run(user.info.run_id)  # a search tells no model inputs
+    assert [m.model_id for m in serving.inputs.model_inputs] == [model.model_id]
+    assert serving.data.tags["stage"] == "serve" and serving.data.tags["url"] == "http://127.0.0.1:8000"
+    assert serving.data.tags["run_dir"] == str(served) and serving.info.run_name == served.name
+    assert serving.data.params["rows"] == "16" and serving.info.status == "FINISHED"
+
+
+def test_an_endpoint_of_no_tracked_run_or_that_cannot_be_noted_is_a_server_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "connect", lambda uri: pytest.fail("asked for a store"))
+    tracking.endpoint(tmp_path, "http://127.0.0.1:8000", {}).close()
+    (tmp_path / "run" / "checkpoints" / "step_4").mkdir(parents=True)
+    tracking.endpoint(tmp_path / "run" / "checkpoints" / "step_4", "http://127.0.0.1:8000", {}).close()
+    assert not (tmp_path / "run" / "endpoints").exists()
+    (tmp_path / "run" / "tracking.jsonl").touch()
+    (tmp_path / "run" / "endpoints").write_text("in the way")
+    tracking.endpoint(tmp_path / "run" / "checkpoints" / "step_4", "http://127.0.0.1:8000", {}).close()
+    assert "this endpoint is not shown in MLflow" in capsys.readouterr().err
 
 
 # ---- queries
