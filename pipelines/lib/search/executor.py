@@ -84,8 +84,8 @@ def on_tune(guide: Guide, stop: Callable[[], bool]) -> str:
     if gpus is None:
         gpus = 1.0 if cluster.get("GPU", 0) else 0.0
     slots = slots_of(config.parallel, config.workers, config.cpus_per_worker, gpus, cluster)
-    # Ray Train's workers take their resources themselves; the trial that drives them takes none.
-    share = {"cpu": 0.0, "gpu": 0.0} if config.workers else {"cpu": config.cpus_per_worker, "gpu": gpus}
+    # Ray Train's workers take their resources themselves; the trial that drives them takes next to none.
+    share = {"memory": 2**20} if config.workers else {"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
     follow = Follow(guide)
     attempt = guide.out / ".ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -93,7 +93,7 @@ def on_tune(guide: Guide, stop: Callable[[], bool]) -> str:
     for old in sorted(attempt.parent.iterdir())[:-3]:
         shutil.rmtree(old, ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(Piece, share),
+        tune.with_resources(Piece, tune.PlacementGroupFactory([share])),
         tune_config=tune.TuneConfig(
             num_samples=-1,
             search_alg=follow,
