@@ -198,7 +198,9 @@ def summary(the_run: Any, outcome: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command(TrainConfig, run, argv)
+    from pipelines.lib.estimate import training
+
+    return command(TrainConfig, run, argv, estimate=training)
 
 
 if __name__ == "__main__":

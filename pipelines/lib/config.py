@@ -274,28 +274,52 @@ def _other_kinds(base: type[Part], but: type, at: str) -> list[str]:
     return lines
 
 
-def usage(cls: type, positional: str | None = None, program: str | None = None) -> str:
-    """The whole of --help for a stage. program: the module that users run; its docstring comes first."""
+def usage(cls: type, positional: str | None = None, program: str | None = None, estimates: bool = False) -> str:
+    """The whole of --help for a stage. program: the module that users run; its docstring comes first.
+
+    estimates: whether it takes --estimate.
+    """
     program = program or cls.__module__
     stage = sys.modules[program]
     word = f"{positional.upper()} " if positional else ""
     head = inspect.cleandoc(stage.__doc__ or cls.__doc__ or "")
     recipes = "RECIPE.yaml " if not positional else ""
-    call = f"python -m {program} {word}{recipes}key=value ... [--debug]"
-    return "\n".join([head, "", call, "", "settings and defaults:", *describe(cls, positional=positional)])
+    call = f"python -m {program} {word}{recipes}key=value ... {'[--estimate] ' if estimates else ''}[--debug]"
+    says = "--estimate only says what it would take: tokens, memory, disk, time and, with price_per_hour=, money"
+    return "\n".join(
+        [
+            head,
+            "",
+            call,
+            *([says] if estimates else []),
+            "",
+            "settings and defaults:",
+            *describe(cls, positional=positional),
+        ]
+    )
 
 
 def command(
-    cls: type, run: Callable[[Any], Any], argv: Sequence[str] | None = None, positional: str | None = None
+    cls: type,
+    run: Callable[[Any], Any],
+    argv: Sequence[str] | None = None,
+    positional: str | None = None,
+    estimate: Callable[[Any], Any] | None = None,
 ) -> int:
-    """A stage as a command: parse, run, and turn bad input into one line and exit code 2 (--debug: a traceback)."""
+    """A stage as a command: parse, run, and turn bad input into one line and exit code 2 (--debug: a traceback).
+
+    estimate: from the config to a pipelines.lib.estimate.Estimate, which --estimate shows instead of running.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
     try:
         if {"-h", "--help"} & set(words):
-            print(usage(cls, positional, run.__module__ if run.__module__ in sys.modules else None), flush=True)
+            program = run.__module__ if run.__module__ in sys.modules else None
+            print(usage(cls, positional, program, estimate is not None), flush=True)
             return 0
+        if "--estimate" in words:
+            return _estimate([w for w in words if w != "--estimate"], cls, positional, estimate)
         outcome = run(assemble(words, cls, positional))
     except (ConfigError, InputError) as error:
         if debug:
@@ -311,3 +335,16 @@ def command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
+
+
+def _estimate(words: Sequence[str], cls: type, positional: str | None, estimate: Callable[[Any], Any] | None) -> int:
+    """Show what a command would take."""
+    from pipelines.lib.estimate import show
+    from pipelines.lib.prices import take
+
+    if estimate is None:
+        raise ConfigError("--estimate: there is none for this command")
+    prices, words = take(words)
+    prices.chosen()  # before seconds are spent on measuring
+    show(estimate(assemble(words, cls, positional)), prices)
+    return 0

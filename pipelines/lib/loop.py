@@ -30,6 +30,7 @@ from models.spec import build
 from pipelines.lib.checkpoint import Checkpoints, State, restore
 from pipelines.lib.config import InputError
 from pipelines.lib.cost import Cost
+from pipelines.lib.estimate import Foretold
 from pipelines.lib.jsonl import row_at
 from pipelines.lib.measure import hidden_statistics, peak_flops, update_ratio
 from pipelines.lib.model_folder import open_folder
@@ -437,6 +438,7 @@ def train(
     run = Run(job["run"])
     log = Log(run.log if world.rank == 0 else None)
     try:
+        foretold = Foretold(config, run, log) if world.rank == 0 and "piece" not in job else None
         trainer = Trainer(config, run, world, log, folders)
         resumed = trainer.resume()
         if not resumed and config.init_from is not None:
@@ -448,7 +450,7 @@ def train(
         )
         metrics = Metrics(run.metrics if world.rank == 0 else None)
         piece = Piece(**job["piece"]) if "piece" in job else None
-        return Course(trainer, metrics, report, piece).to_the_end()
+        return Course(trainer, metrics, report, piece, foretold).to_the_end()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
@@ -469,8 +471,15 @@ def train(
 class Course:
     """A run from where its trainer stands to its end: update, validate, log and save, until done or stopped."""
 
-    def __init__(self, trainer: Trainer, metrics: Metrics, report: Callable[[dict], None], piece: Piece | None = None):
-        self.trainer, self.metrics, self.report, self.piece = trainer, metrics, report, piece
+    def __init__(
+        self,
+        trainer: Trainer,
+        metrics: Metrics,
+        report: Callable[[dict], None],
+        piece: Piece | None = None,
+        foretold: Foretold | None = None,
+    ):
+        self.trainer, self.metrics, self.report, self.piece, self.foretold = trainer, metrics, report, piece, foretold
         self.end = trainer.total if piece is None else piece.until  # None: the length is in seconds
         self.saved = time.monotonic()
         self.config, self.run, self.state, self.world = trainer.config, trainer.run, trainer.state, trainer.world
@@ -533,6 +542,8 @@ class Course:
         began = time.perf_counter()
         figures = self.trainer.update(stop=self.run.stop_request.exists(), measure=measured)
         self.trainer.cost.count(time.perf_counter() - began)
+        if self.foretold is not None:
+            self.foretold.count(time.perf_counter() - began, self.trainer.folders, self.end)
         state.elapsed_s = self.earlier_s + time.monotonic() - self.began
         self.window_steps += 1
         self.window_read_s += figures["read_s"]
