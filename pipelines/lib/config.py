@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -212,7 +213,8 @@ def one_of(cls: type, tree: dict[str, Any], laid: dict[str, Any]) -> dict[str, A
 
 
 def _takes_text(tp: Any) -> bool:
-    return tp is str or _is_repeatable(tp) or (str in typing.get_args(tp) and part_of(tp) is None)
+    union = typing.get_origin(tp) in (types.UnionType, typing.Union)
+    return tp is str or _is_repeatable(tp) or (union and str in typing.get_args(tp) and part_of(tp) is None)
 
 
 def _is_repeatable(tp: Any) -> bool:

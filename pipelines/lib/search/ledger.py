@@ -41,11 +41,11 @@ class Ledger:
         self.elapsed_s = 0.0
         self.done: str | None = None
         self._session: tuple[float, float] = (0.0, 0.0)  # began, last seen
-        self._size = 0
         events = list(rows(self.path))
-        for i, (event, self._size) in enumerate(events):
+        for i, (event, _) in enumerate(events):
             if event is None or "event" not in event:
-                if i < len(events) - 1:
+                following = events[i + 1][0] if i + 1 < len(events) else {"event": "session"}
+                if not following or following.get("event") != "session":  # else a driver was killed while it wrote
                     raise InputError(f"{self.path}: line {i + 1} is damaged; restore it or begin with another out=")
                 continue
             self._take(event)

@@ -22,6 +22,7 @@ from pipelines.lib.search.trials import Objective, Rule
 from pipelines.lib.training import HOW, LENGTHS, TrainConfig
 
 SPACES = Path(__file__).resolve().parents[3] / "tune_spaces"
+METRICS = ("val/bpb", "val/nll", "val/ppl", "val/score", "val/effective_rank", "val/spectrum_slope")
 # How a trial is carried out, not what it computes. (Another micro-batch has other dropout masks, so it counts.)
 NOT_COMPUTED = (HOW - {"micro_batch"}) | {"seed"}
 
@@ -126,6 +127,7 @@ class Study:
         self.ignored = NOT_COMPUTED - varied
         self.vocab_size = max(folder.vocab_size for folder in folders)
         self.fingerprints = [folder.fingerprint for folder in folders]
+        self._check_objective()
         first = self.train_config({}, self.seeds[0])
         if first.seconds is not None:
             raise InputError(
@@ -138,6 +140,16 @@ class Study:
                 f"give fixed.tokens={first.steps * first.batch_tokens}"
             )
         self._base = flatten(plain(first))
+
+    def _check_objective(self) -> None:
+        metric = self.objective.metric
+        if metric not in METRICS:
+            raise InputError(f"objective.metric={metric} is not measured at validation{near(metric, METRICS)}")
+        if metric == "val/bpb" and any(folder.token_bytes() is None for folder in self.folders):
+            raise InputError(
+                f"objective.metric=val/bpb needs the bytes of each token, which {self.config.data} does not tell; "
+                "try objective.metric=val/nll"
+            )
 
     # ---- what a rule asks
 
