@@ -15,7 +15,11 @@ DEFAULT = "default"  # the value that leaves a key to the recipe
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two plain values mean the same: 1 and 1.0 do, 1 and true do not."""
+    """Whether two plain values mean the same: 1 and 1.0 do, 1 and true do not; in lists and mappings likewise."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
@@ -100,13 +104,8 @@ class Steps:
     def neighbours(self, value: Any, times: int = 1) -> list[Any]:
         """Other values to go to from `value`, nearest first, up before down; `times` is this domain's own.
 
-        Whole numbers stay whole (rounded). A list (one entry per layer): each entry alone. Exact in decimals: 0.1 + 0.2
-        is 0.3.  Raises InputError for what is no number.
+        Whole numbers stay whole (rounded). Exact in decimals: 0.1 + 0.2 is 0.3.  Raises InputError for no number.
         """
-        if isinstance(value, (list, tuple)):
-            return [
-                [*value[:i], step, *value[i + 1 :]] for i, entry in enumerate(value) for step in self.neighbours(entry)
-            ]
         if not is_number(value):
             raise InputError(f"{value!r} is no number, so it cannot go {self.increment} further; list its values")
         steps: list[Any] = []

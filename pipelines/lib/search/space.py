@@ -339,7 +339,7 @@ def _short(value: Any) -> tuple[str, bool]:
 
 
 def unknown_keys(space: Space, cls: type) -> list[str]:
-    """A line for each key of the space that a config of type `cls` cannot have, and for each kind of part it lacks.
+    """A line for each key of the space that a config of type `cls` cannot have, and for each kind that no part has.
 
     The options of every registered kind count as known, whichever kind is chosen.
     """
@@ -352,14 +352,14 @@ def unknown_keys(space: Space, cls: type) -> list[str]:
             here = [fields(t)[word][0] for t in types if word in fields(t)]
             if not here:
                 why = f"{at} has no setting {word!r}" if at else f"there is no setting {word!r}"
-                errors.append(f"{space.where}: {key}: {why}{near(word, known) if known else ''}")
+                errors.append(f"{key}: {why}{near(word, known) if known else ''}")
                 break
             at = f"{at}.{word}" if at else word
             if any(typing.get_origin(tp) is dict for tp in here):
                 break  # any word may follow
             types = [t for tp in here for t in _classes(tp)]
         else:
-            errors += _unknown_kinds(f"{space.where}: {key}", here, domains)
+            errors += _unknown_kinds(key, here, domains)
     return errors
 
 
@@ -371,7 +371,7 @@ def _classes(tp: Any) -> list[type]:
     return [tp] if dc.is_dataclass(tp) and isinstance(tp, type) else []
 
 
-def _unknown_kinds(where: str, types: list[Any], domains: Sequence[Domain]) -> list[str]:
+def _unknown_kinds(key: str, types: list[Any], domains: Sequence[Domain]) -> list[str]:
     bases = [base for tp in types if (base := part_of(tp)) is not None]
     if not bases or any(base.of_word is not None for base in bases):
         return []
@@ -381,5 +381,5 @@ def _unknown_kinds(where: str, types: list[Any], domains: Sequence[Domain]) -> l
         for item in value if isinstance(value, list) else [value]:
             kind = item.get("kind") if isinstance(item, dict) else item
             if isinstance(kind, str) and kind != DEFAULT and kind not in known:
-                errors.append(f"{where}: {bases[0].__name__} {kind!r} does not exist{near(kind, known)}")
+                errors.append(f"{key}: {bases[0].__name__} {kind!r} does not exist{near(kind, known)}")
     return errors

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from models.spec import Part, build
 from pipelines.lib.config import InputError, override, read_yaml, write_yaml
+from pipelines.lib.search.domains import same
 from pipelines.lib.search.space import Interval, Options, Space, Steps, label, unknown_keys
 
 
@@ -235,6 +239,7 @@ def test_default_in_a_condition_means_unset():
 
 
 def test_one_and_true_differ_but_one_and_one_point_zero_do_not():
+    assert points("{a: [[1, true], [1, 1], [1.0, 1]]}") == [{"a": [1, True]}, {"a": [1, 1]}]
     assert points("{a: [1, true], b: {conditions: {a: 1.0}, options: 2}}") == [{"a": 1, "b": 2}, {"a": True}]
 
 
@@ -408,7 +413,7 @@ def trees(draw):
 
 
 @given(trees(), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_every_sample_is_a_point_and_every_branch_is_sampled(tree, rng):
     found = Space.read(tree)
     expanded = found.points()
@@ -420,8 +425,41 @@ def test_every_sample_is_a_point_and_every_branch_is_sampled(tree, rng):
     assert varied <= set(found.dimensions())
 
 
+def _pair(form):
+    return next(iter((form[0] if isinstance(form, list) else form).items()))
+
+
+def by_hand(tree):
+    """The expansion in another way: products of lists, then every condition in turn over all results."""
+    groups = tree.get("parameter_groups", [{}])
+    found = []
+    for group in groups:
+        both = {**{k: v for k, v in tree.items() if k != "parameter_groups"}, **group}
+        free = {k: v for k, v in both.items() if isinstance(v, list)}
+        results = [dict(zip(free, values, strict=True)) for values in itertools.product(*free.values())]
+        for key, rule in both.items():
+            if isinstance(rule, dict):
+                form = rule["conditions"]
+                on, (value,) = form[0] if isinstance(form, list) and isinstance(form[0], list) else _pair(form)
+                results = [
+                    result
+                    for r in results
+                    for result in ([{**r, key: o} for o in rule["options"]] if repr(r[on]) == repr(value) else [r])
+                ]
+        found += [{k: v for k, v in r.items() if v != "default"} for r in results]
+    return list({repr(sorted(r.items())): r for r in found}.values())
+
+
 @given(trees())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
+def test_points_and_their_order_are_those_of_nested_loops(tree):
+    assert list(map(repr, map(sorted, map(dict.items, Space.read(tree).points())))) == list(
+        map(repr, map(sorted, map(dict.items, by_hand(tree))))
+    )
+
+
+@given(trees())
+@settings(max_examples=60, deadline=None)
 def test_points_written_down_as_groups_read_back_as_the_same_points(tree):
     expanded = Space.read(tree).points()
     written = {"parameter_groups": [{k: [v] for k, v in point.items()} for point in expanded]}
@@ -429,12 +467,26 @@ def test_points_written_down_as_groups_read_back_as_the_same_points(tree):
 
 
 @given(trees())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_different_points_have_different_short_safe_labels(tree):
     found = Space.read(tree)
     expanded = found.points()
     labels = [label(p, found.dimensions()) for p in expanded]
     assert len(set(labels)) == len(expanded)
+
+
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(anything, anything)
+def test_labels_tell_any_two_values_apart_in_letters_that_files_may_have(a, b):
+    ours, theirs = label({"k": a}, {"k": None}), label({"k": b}, {"k": None})
+    assert (ours == theirs) == (json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)) or same(a, b)
+    assert re.fullmatch(r"[\w.,=+~-]{1,96}", ours, re.ASCII)
 
 
 def test_a_sampled_conditional_space_gives_every_branch():
@@ -499,10 +551,10 @@ def test_every_kinds_options_are_known_and_the_nearest_name_is_given_for_what_is
     assert unknown_keys(good, Config) == []
     bad = space("{norm: [[rms, {kind: prtial}]], norm.fractin: 1, stepz: 1, steps.x: 1}")
     assert unknown_keys(bad, Config) == [
-        "vary: norm: Norm 'prtial' does not exist; did you mean 'partial'?",
-        "vary: norm.fractin: norm has no setting 'fractin'; did you mean 'fraction'?",
-        "vary: steps.x: steps has no setting 'x'",
-        "vary: stepz: there is no setting 'stepz'; did you mean 'steps'?",
+        "norm: Norm 'prtial' does not exist; did you mean 'partial'?",
+        "norm.fractin: norm has no setting 'fractin'; did you mean 'fraction'?",
+        "steps.x: steps has no setting 'x'",
+        "stepz: there is no setting 'stepz'; did you mean 'steps'?",
     ]
 
 
