@@ -14,16 +14,20 @@ import dataclasses as dc
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from models.spec import plain
 from pipelines.lib.config import InputError, command, write_yaml
 from pipelines.lib.run import Run, differences
 from pipelines.lib.search.ledger import Ledger
+from pipelines.lib.search.rules.listed import Sweep
 from pipelines.lib.search.space import label
 from pipelines.lib.search.study import SearchConfig, Study
 from pipelines.train import shown
+
+DRAWN = 12  # settings of an endless space that a dry run and an estimate look at
 
 
 def prepare(config: SearchConfig) -> tuple[SearchConfig, Study]:
@@ -95,7 +99,9 @@ def carry_out(out: Run, study: Study, ledger: Ledger) -> int:
             return out.stop_request.exists() or bool(guide.stopping and guide.stopping.endswith("seconds is used up"))
 
         try:
-            if config.parallel == 0:
+            if (nothing := guide.nothing_left()) is not None:
+                reason = nothing
+            elif config.parallel == 0:
                 reason = in_process(guide, stop)
             else:
                 ensure_ray()
@@ -144,14 +150,71 @@ class ShownTrials:
 
 
 class Report:
-    """The search in MLflow: a parent run with its trials as children, a leaderboard, the promoted checkpoint."""
+    """The search in MLflow: a parent run with its trials below it, a leaderboard, the promoted checkpoint's model."""
 
     def __init__(self, study: Study, ledger: Ledger, out: Run):
+        from pipelines.lib.tracking import Children, Tracker
+
+        config = study.config
         self.study, self.ledger, self.out = study, ledger, out
+        self.datasets = [(Path(config.data).name, folder.fingerprint, config.data) for folder in study.folders]
+        self.dimensions = study.space.dimensions()
+        self.tracker = Tracker.start(
+            out.path,
+            "search",
+            plain(config),
+            kind=config.track,
+            name=config.name,
+            experiment=config.experiment,
+            tags={"rule": plain(config.rule)["kind"]},
+            datasets=self.datasets,
+        )
+        self.children = Children(self.tracker)
+        for row in ledger.ended():  # a driver that was killed may have left some behind
+            if row["run"] and not row.get("mlflow_run"):
+                self._add(row)
 
-    def trial(self, row: dict[str, Any]) -> None: ...
+    def trial(self, row: dict[str, Any]) -> None:
+        """A trial has ended."""
+        if row["run"]:
+            self._add(row)
+        self.tracker.board("leaderboard", leaderboard(self.study, self.ledger))
+        self._news()
 
-    def close(self, status: str) -> None: ...
+    def close(self, status: str) -> None:
+        promoted = [row for row in self.ledger.ended() if row.get("promoted")]
+        for row in promoted:
+            self._add(row)
+        self.children.close()
+        self._news()
+        self.tracker.board("leaderboard", leaderboard(self.study, self.ledger))
+        if (self.out.path / "results.yaml").is_file():
+            self.tracker.artifact(self.out.path / "results.yaml")
+        self.tracker.artifact(self.ledger.path)
+        self.tracker.close(status)
+
+    def _add(self, row: dict[str, Any]) -> None:
+        folder = self.out.path / row["run"]
+        config = self.study.train_config(row["settings"], row["seed"], str(folder))
+        name = label(row["settings"], self.dimensions) or "recipe"
+        self.children.add(
+            folder,
+            name=f"{name} s{row['seed']}",
+            config=plain(config),
+            status=row["status"],
+            metrics={**row["metrics"], **{f"cost/{k}": v for k, v in row["cost"].items()}},
+            step=row["until"],
+            checkpoint=self.out.path / row["checkpoint"] if row.get("promoted") else None,
+            tags={"trial": row["number"], "trial_id": row["id"], "why": row["why"]},
+            datasets=self.datasets,
+        )
+
+    def _news(self) -> None:
+        for folder, run_id in self.children.news():
+            inside = folder.relative_to(self.out.path).as_posix()
+            mine = [row for row in self.ledger.ended() if row["run"] == inside]
+            if mine and mine[-1].get("mlflow_run") != run_id:
+                self.ledger.write("mlflow", number=mine[-1]["number"], mlflow_run=run_id)
 
 
 def describe(study: Study) -> str:
@@ -217,33 +280,95 @@ def summary(out: Run, study: Study, ledger: Ledger, reason: str) -> None:
         print(f"      serve run serving.app:build run={folder}")
 
 
-def dry_run(study: Study) -> int:
-    """Print the trials that the space expands to, with parameters and an estimate of time and memory."""
-    points, how = study.space, "all of them"
-    try:
-        settings: Sequence[Mapping[str, Any]] = points.points()
-    except InputError:
-        import random
+def drawn(study: Study, count: int) -> list[dict[str, Any]]:
+    """All settings of a finite space, else `count` that the space gives at random."""
+    import random
 
+    try:
+        return study.space.points()
+    except InputError:
         rng = random.Random(study.seed)
-        settings = [points.sample(rng) for _ in range(12)]
-        how = "12 drawn at random, since the space is not finite"
-    dimensions = points.dimensions()
-    print(f"{describe(study)}: {len(settings)} settings, {how}, {len(study.seeds)} seed(s) each")
-    kept = []
+        return [study.space.sample(rng) for _ in range(count)]
+
+
+def dry_run(study: Study) -> int:
+    """Print the trials that the space expands to, with parameters, time and memory; nothing is written."""
+    from rich.table import Table
+
+    from pipelines.lib.estimate import duration, estimate_many
+    from pipelines.lib.terminal import print_table
+
+    settings = drawn(study, DRAWN)
+    dimensions = study.space.dimensions()
+    print(f"{describe(study)}: {len(settings)} settings{'' if finite(study) else ' drawn, as the space is not finite'}")
+    table = Table("id", "parameters", "tokens", "time", "memory", "settings")
+    kept = [one for one in settings if study.refuses(one) is None]
+    configs = [study.train_config(one, study.seeds[0]) for one in kept]
+    found = estimate_many(configs, study.folders)
+    for one, config, guess in zip(kept, configs, found, strict=True):
+        table.add_row(
+            study.id_of(config),
+            f"{config.model.n_parameters():,}",
+            f"{guess.tokens:,}",
+            "?" if guess.seconds is None else duration(guess.seconds),
+            "?" if guess.memory_gb is None else f"{1024 * guess.memory_gb:,.0f} MiB",
+            label(one, dimensions) or "the recipe as it is",
+        )
+    print_table(table)
     for one in settings:
         if (why := study.refuses(one)) is not None:
-            print(f"  refused: {label(one, dimensions)}: {why}")
-        else:
-            kept.append(one)
-    configs = [study.train_config(one, study.seeds[0]) for one in kept]
-    for one, config in zip(kept, configs, strict=True):
-        print(f"  {study.id_of(config)}  {config.model.n_parameters():>12,} parameters  {label(one, dimensions)}")
+            print(f"refused: {label(one, dimensions)}: {why}")
+    seconds = sum(guess.seconds or 0.0 for guess in found) * len(study.seeds)
+    print(f"with {len(study.seeds)} seed(s) each: {duration(seconds)} of work, one trial at a time")
     return 0
 
 
+def finite(study: Study) -> bool:
+    try:
+        study.space.points()
+    except InputError:
+        return False
+    return True
+
+
+def estimate(config: SearchConfig) -> Any:
+    """A search's estimate: all trials of a finite space, or of a budget; never more than the budgets allow."""
+    from pipelines.lib.estimate import Estimate, estimate_many
+
+    config, study = prepare(config)
+    settings = [one for one in drawn(study, DRAWN) if study.refuses(one) is None]
+    found = estimate_many([study.train_config(one, study.seeds[0]) for one in settings], study.folders)
+    mean_tokens = sum(guess.tokens for guess in found) / len(found)
+    seconds_per_token = sum(guess.seconds or 0.0 for guess in found) / sum(guess.tokens for guess in found)
+    limits = []
+    if isinstance(config.rule, Sweep) and finite(study):
+        limits.append(("the whole sweep", len(found) * len(study.seeds) * mean_tokens))
+    if config.trials is not None:
+        limits.append((f"trials={config.trials}", config.trials * mean_tokens))
+    if config.tokens is not None:
+        limits.append((f"tokens={config.tokens}", float(config.tokens)))
+    if config.seconds is not None:
+        limits.append((f"seconds={config.seconds:g}", config.seconds / max(seconds_per_token, 1e-12)))
+    if not limits:
+        raise InputError(
+            f"rule {plain(config.rule)['kind']} ends by itself, nobody knows when; give trials=, tokens= or seconds= "
+            "for an estimate up to there"
+        )
+    why, tokens = min(limits, key=lambda limit: limit[1])
+    return Estimate(
+        tokens=round(tokens),
+        seconds=tokens * seconds_per_token,
+        memory_gb=max(guess.memory_gb or 0.0 for guess in found),
+        notes=(
+            f"{tokens / mean_tokens:,.0f} trials' worth of training by {why}, one at a time; divide by how many run at "
+            "once on cores of their own",
+            f"from {len(found)} settings, of which the smallest, a middle and the largest were measured",
+        ),
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return command(SearchConfig, run, argv)
+    return command(SearchConfig, run, argv, estimate=estimate)
 
 
 if __name__ == "__main__":

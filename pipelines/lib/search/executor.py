@@ -85,7 +85,8 @@ def on_tune(guide: Guide, stop: Callable[[], bool]) -> str:
         gpus = 1.0 if cluster.get("GPU", 0) else 0.0
     slots = slots_of(config.parallel, config.workers, config.cpus_per_worker, gpus, cluster)
     # Ray Train's workers take their resources themselves; the trial that drives them takes next to none.
-    share = {"memory": 2**20} if config.workers else {"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    own = {"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    share: dict[str, float] = {"memory": float(2**20)} if config.workers else own
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
     follow = Follow(guide)
     attempt = guide.out / ".ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

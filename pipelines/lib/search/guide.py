@@ -103,6 +103,16 @@ class Guide:
         self.write_results()
         self.ended(row)
 
+    def nothing_left(self) -> str | None:
+        """Why there is nothing to do, asked before anything starts; None if there is."""
+        if self.again:
+            return None
+        found = self.over_budget() or self.rule.next(self.study, self.ledger.trials)
+        winner = self.winner_row()
+        if isinstance(found, Done) and (winner is None or self._has(winner)):
+            return found.reason
+        return found if isinstance(found, str) else None
+
     # ---- budgets
 
     def over_budget(self) -> str:
@@ -277,7 +287,7 @@ class Guide:
         row = self.winner_row()
         if row is not None and self._has(row):
             write_atomic(self.out / WINNER, row["run"] + "\n")
-            self.ledger.write("promoted", number=row["number"], checkpoint=row["checkpoint"])
+            self.ledger.write("promoted", number=row["number"], promoted=True)
         self.ledger.write("done", reason=reason)
         self.write_results()
 
