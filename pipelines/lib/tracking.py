@@ -53,6 +53,8 @@ PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
 DIGEST_CHARACTERS = 36
 TAG_CHARACTERS = 8000
+NAME_CHARACTERS = 250
+OF_ADDING = ("time_ms", "key", "git_sha", "tags")  # what a line says of who wrote it and when, not of the trial
 STATUS = {"done": "FINISHED", "failed": "FAILED", "refused": "FAILED", "interrupted": "KILLED"}  # a trial's -> MLflow's
 # Against a dead server MLflow would try for four minutes, each time for two; here a thread tries again anyway.
 CLIENT_ENVIRONMENT = {
@@ -371,8 +373,8 @@ class Children:
         file, now = folder / "tracking.jsonl", time.time_ns() // 1_000_000
         old = [note for note, _ in rows(file) if note and note["do"] in ("start", "checkpoint", "end")]
         key = next((note["key"] for note in old if note["do"] == "start"), None)
-        told = [{name: note[name] for name in note if name not in ("time_ms", "key")} for note in old[-len(new) :]]
-        if told != new:
+        bare = lambda notes: [{k: v for k, v in note.items() if k not in OF_ADDING} for note in notes]
+        if bare(old[-len(new) :]) != bare(new):
             for note in new:
                 mark = {"key": key or uuid.uuid4().hex} if note["do"] == "start" else {}
                 append(file, {"time_ms": now, **mark, **note})
@@ -582,7 +584,7 @@ class Copy:
             tags["mlflow.user"] = start["tags"]["user"]
         if parent:
             tags["mlflow.parentRunId"] = parent
-        return client.create_run(experiment, start["time_ms"], tags | tags_of(start), start["name"])
+        return client.create_run(experiment, start["time_ms"], tags | tags_of(start), start["name"][:NAME_CHARACTERS])
 
     # ---- rows
 

@@ -603,14 +603,15 @@ def test_a_trial_that_goes_on_is_one_run_and_saying_the_same_again_writes_nothin
         children = Children(tracker)
         for steps in (2, 2, 4):
             folder, what = trial(tmp_path / "search", 0, steps)
-            children.add(folder, **what)
+            children.git_sha = f"of step {steps}"  # a driver that goes on may be of a later commit
+            children.add(folder, **what | {"name": "n" * 300, "tags": {"why": "", "source": None}})
         children.close()
     assert {run_id for _, run_id in children.news()} == {tracking.copied(folder)} and not children.news()
     (run,) = children_of(store, tracker.run_id)
     assert [step for step, *_ in history(store, run.info.run_id, "cost/parameters")] == [2, 4]
     assert history(store, run.info.run_id) == expected(folder / "metrics.jsonl")
     assert [n["do"] for n, _ in rows(folder / "tracking.jsonl")] == ["start", "end", "start", "end"]
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED" and run.info.run_name == "n" * 250 and run.data.tags["why"] == ""
 
 
 def test_a_trial_whose_making_was_cut_off_before_it_was_noted_is_not_made_twice(store, tmp_path, monkeypatch):

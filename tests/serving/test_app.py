@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import httpx
 import openai
 import psutil
@@ -143,6 +144,30 @@ def test_the_command_answers_bad_input_in_one_line(folder, words, says, capsys):
     assert app.main([w.format(run=folder) for w in words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and says in line
+
+
+@pytest.mark.parametrize("track", ["mlflow", "none"])
+def test_the_command_shows_its_endpoint_in_mlflow_until_it_ends_and_tells_no_key(folder, track, monkeypatch):
+    began, ended = [], []
+
+    class Record:
+        def close(self, **options):
+            ended.append(options)
+
+    monkeypatch.setattr(app, "endpoint", lambda *what: began.append(what) or Record())
+    monkeypatch.setattr(app, "ensure_ray", lambda: False)
+    monkeypatch.setattr(app.serve, "start", lambda **options: None)
+    monkeypatch.setattr(app, "end_gracefully", lambda name: None)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with click.Context(click.Command("run"), info_name="run"):
+        build({"run": str(folder), "port": "8123", "api_key": KEY, "track": track})
+        assert not ended
+    if track == "none":
+        assert not began and not ended
+        return
+    ((checkpoint, url, settings),) = began
+    assert checkpoint == folder and url == "http://127.0.0.1:8123" and settings["port"] == 8123
+    assert KEY not in str(settings) and len(ended) == 1
 
 
 # ---- what clients get
