@@ -303,7 +303,7 @@ def test_settings_that_cannot_be_are_refused_in_one_line():
         with pytest.raises(ConfigError, match=said):
             build(Rule, wrong)
     for rule in (Asha(), Median()):
-        with pytest.raises(InputError, match=r"vary.steps: .* equal shares of one length"):
+        with pytest.raises(InputError, match=r"vary: steps: .* equal shares of one length"):
             rule.check(Pretend({"steps": [10, 20]}))
     with pytest.raises(InputError, match="try seeds=3"):
         Asha(draws=9, finalists=2).check(Pretend(SPACE))

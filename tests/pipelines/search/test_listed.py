@@ -96,6 +96,14 @@ def test_sweep_refuses_an_interval_and_grid_cuts_it():
         build(Rule, {"kind": "grid", "points": 1})
 
 
+def test_steps_are_refused_with_their_key_by_all_rules_but_greedy():
+    problem = Pretend({"optim.lr": {"uniform": [0.1, 0.2]}, "model.d_model": {"increment": 16}})
+    for kind, cls in Rule.kinds.items():
+        if kind not in ("sweep", "greedy"):
+            with pytest.raises(InputError, match=r"vary: model\.d_model: an increment leads on"):
+                cls().check(problem)
+
+
 def test_random_finishes_the_seeds_of_a_draw_before_the_next():
     problem = Pretend(SPACE, seeds=(0, 1, 2))
     found = is_repeatable(Random(draws=4), problem, Curves(), workers=3, order=random.Random(1))

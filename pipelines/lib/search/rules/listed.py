@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.lib.config import InputError
-from pipelines.lib.search.domains import Domain, Interval, Options
+from pipelines.lib.search.domains import Domain, Interval, Options, Steps
 from pipelines.lib.search.space import Space, paths
 from pipelines.lib.search.trials import Ask, Done, Problem, Rule, Trial
 from pipelines.lib.training import LENGTHS
@@ -48,9 +48,13 @@ class Sweep(Rule):
         points = self.expand(problem.space)
         if not points:
             raise InputError("vary: there is nothing to sweep over")
-        reasons = [problem.refuses(settings) for settings in points]
-        if all(reasons):
-            raise InputError(f"vary: every one of the {len(points)} points is refused; the first: {reasons[0]}")
+        first = ""
+        for settings in points:
+            reason = problem.refuses(settings)
+            if reason is None:
+                return
+            first = first or reason
+        raise InputError(f"vary: every one of the {len(points)} points is refused; the first: {first}")
 
     def expand(self, space: Space) -> list[dict[str, Any]]:
         """The settings to try, in order. Raises InputError with the key that has no end."""
@@ -87,15 +91,15 @@ class Grid(Sweep):
             raise ValueError(f"points={self.points}: a grid needs both ends of an interval; try 4")
 
     def expand(self, space: Space) -> list[dict[str, Any]]:
-        found = {key(settings): settings for _, settings in ways(space, lambda _, domain: self.cut(domain))}
+        found = {key(settings): settings for _, settings in ways(space, self.cut)}
         return list(found.values())  # once each: a condition may leave out what made two choices differ
 
-    def cut(self, domain: Domain) -> list[Any]:
-        """The values of a domain that are tried."""
+    def cut(self, at: str, domain: Domain) -> list[Any]:
+        """The values of a key's domain that are tried."""
         if isinstance(domain, Options):
             return list(domain.values)
         if not isinstance(domain, Interval):
-            raise InputError(f"{domain}: steps are for `rule: greedy`; a grid takes lists and intervals")
+            raise InputError(f"vary: {at}: {ONLY_GREEDY}")
         low, high = (math.log(domain.low), math.log(domain.high)) if domain.log else (domain.low, domain.high)
         inside = [low + (high - low) * i / (self.points - 1) for i in range(1, self.points - 1)]
         between = [float(f"{math.exp(x) if domain.log else x:.6g}") for x in inside]
@@ -137,6 +141,7 @@ class Random(Rule):
         return draw(problem, len(known), known)
 
 
+ONLY_GREEDY = "an increment leads on from a value, as `rule: greedy` does; here write a list or {uniform: [low, high]}"
 USED_UP = f"no new setting in {ATTEMPTS} draws: the space is used up"
 
 
@@ -189,6 +194,9 @@ def check_draws(draws: int | None) -> None:
 
 def check_space(problem: Problem) -> None:
     """Raise InputError for a space that cannot be drawn from, or of which every draw is refused."""
+    for at, domain in problem.space.dimensions().items():
+        if isinstance(domain, Steps):
+            raise InputError(f"vary: {at}: {ONLY_GREEDY}")
     reasons = []
     for attempt in range(100):
         reason = problem.refuses(problem.space.sample(stream(problem.seed, 0, attempt)))
@@ -201,7 +209,7 @@ def check_space(problem: Problem) -> None:
 def check_one_length(problem: Problem, rule: str) -> None:
     """Raise InputError where the length itself varies: such a rule compares trials at equal shares of one length."""
     if varied := sorted(problem.space.keys() & set(LENGTHS)):
-        raise InputError(f"vary.{varied[0]}: {rule} compares at equal shares of one length; `rule: sweep` can vary it")
+        raise InputError(f"vary: {varied[0]}: {rule} compares at equal shares of one length; `rule: sweep` can vary it")
 
 
 def best_of_furthest(problem: Problem, trials: Sequence[Trial]) -> Trial | None:

@@ -232,9 +232,16 @@ class Pbt(Rule):
             rows = [
                 {
                     "share": (g + 1) / self.pieces,
-                    "trials": {i: t.number for i, t in asked.items()},
-                    "objective": {i: shown(problem, problem.objective.loss(t)) for i, t in asked.items()},
-                    "copies": {i: m.source for i, m in members.items() if m.source is not None},
+                    "members": [
+                        {
+                            "member": i,
+                            "trial": asked[i].number,
+                            "objective": shown(problem, problem.objective.loss(asked[i])),
+                            "copies": member.source,
+                        }
+                        for i, member in members.items()
+                        if i in asked
+                    ],
                 }
                 for g, (members, asked) in enumerate(found)
             ]
