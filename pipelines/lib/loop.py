@@ -39,7 +39,7 @@ from pipelines.lib.run import Run
 from pipelines.lib.runlog import Log, Metrics, write_sample
 from pipelines.lib.shards import TokenFolder, Tokens
 from pipelines.lib.training import TrainConfig, Verify
-from pipelines.lib.world import World
+from pipelines.lib.world import World, choose_device
 
 INIT, ORDER, DROPOUT = 0, 1, 2  # streams of the seed
 ASKED = "asked to stop"
@@ -434,7 +434,7 @@ def train(
     "checkpoint"}.  folders: the token folders of the config, if they are open already.
     """
     config: TrainConfig = build(TrainConfig, job["config"])
-    world = world or World.current(config.device)
+    world = world or World.current(choose_device(config.device))
     run = Run(job["run"])
     log = Log(run.log if world.rank == 0 else None)
     try:
