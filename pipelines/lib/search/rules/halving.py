@@ -49,7 +49,7 @@ class Asha(Rule):
     finalists: best trials at the full length that are trained again with all other seeds, when the draws are done
     """
 
-    # On simulated curves (tests/pipelines/search/simulation.py, 60 repetitions of 40 whole trials) these reach the final
+    # On simulated curves (tests/pipelines/search/simulation.py; 60 repetitions, 40 whole trials) these reach the final
     # best of random draws with 0.31 to 0.36 of its budget, whether curves cross little or much. eta 4 from 1/16 needs
     # 0.23 to 0.29 where they cross little, but 0.78 where large models take four times as long to learn as small ones.
     eta: int = 3

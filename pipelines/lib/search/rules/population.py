@@ -156,7 +156,7 @@ class Pbt(Rule):
             )
             if going or not members or share == 1:
                 return found
-            members = self.after(problem, found[-1], stream(problem.seed, seed, len(found)), used)
+            members = self.after(problem, found[-1], stream(problem.seed, "pbt", seed, len(found)), used)
 
     def first(self, problem: Problem, seed: int, used: set[str]) -> dict[int, Member]:
         """The members at the beginning: draws, all different. They differ from seed to seed."""
@@ -169,7 +169,7 @@ class Pbt(Rule):
         return members
 
     def sampler(self, problem: Problem, seed: int, i: int) -> Callable[[int], dict[str, Any]]:
-        return lambda attempt: problem.space.sample(stream(problem.seed, seed, i, attempt))
+        return lambda attempt: problem.space.sample(stream(problem.seed, "pbt", seed, i, attempt))
 
     def after(self, problem: Problem, before: Generation, rng: random.Random, used: set[str]) -> dict[int, Member]:
         """The members of the next piece.  used: names of all settings so far, to which the new ones are added."""
