@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -41,9 +41,14 @@ from pipelines.lib.jsonl import finite
 from pipelines.lib.output import check_writable
 from pipelines.lib.texts import Text, open_data, open_text, open_tokenizer
 
+if TYPE_CHECKING:
+    from pipelines.lib.estimate import Estimate
+
 FORMAT_VERSION = 1
 LOGITS_PER_BATCH = {"cpu": 1 << 25, "other": 1 << 29}  # elements of [batch, context, vocabulary]
 TOKENS_PER_BATCH = {"cpu": 1 << 12, "other": 1 << 16}
+ESTIMATE_BATCHES = 4  # of each text that an estimate scores
+ESTIMATE_BASELINE = 1 << 19  # bytes of each text that an estimate compresses
 LONGEST_CONTEXT = 2048  # of a model that states none, and of windows where a model states very many
 
 
@@ -289,11 +294,10 @@ def measure_tasks(
     return tables, cut
 
 
-def run(config: EvaluateConfig) -> int:
-    """Measure, write results.json, show a table, track. Returns the exit code."""
+def open_texts(config: EvaluateConfig, subject: Subject) -> tuple[list[str], list[Text]]:
+    """The names of tasks, and the texts to score. Raises InputError for what is not there."""
     from pipelines.lib.jobs import storage_path
 
-    subject = open_subject(config)
     words = [w.strip() for text in config.tasks for w in text.split(",") if w.strip()]
     if config.tasks and not words:
         raise InputError("tasks= names none")
@@ -305,6 +309,78 @@ def run(config: EvaluateConfig) -> int:
         texts.append(open_data(data, config.split, subject.folder, config.data_tokens))
         if len({text.name for text in texts}) < len(texts):
             texts[0].name += "_text"
+    return words, texts
+
+
+def estimate(config: EvaluateConfig) -> Estimate:
+    """What scoring the texts will take: the beginning of each is scored. Raises InputError for tasks alone."""
+    from pipelines.lib.cost import Memory
+    from pipelines.lib.estimate import Estimate
+    from pipelines.lib.scoring import compression_baselines, windows
+    from pipelines.lib.world import choose_device
+
+    subject = open_subject(config)
+    words, texts = open_texts(config, subject)
+    if not texts:
+        raise InputError("--estimate counts text= and data=; how long tasks= are is known only when they are built")
+    memory = Memory(choose_device(config.device))
+    model = open_model(subject, config)
+    context = window_of(model, config)
+    stride, rows = stride_of(context, config), batch_of(model, context, config)
+    read = lambda sequences: sum(w.end - w.begin for s in sequences for w in windows(len(s), context, stride))
+    seconds, baselines_s, n_read = 0.0, 0.0, 0
+    for text in texts:
+        few = beginning(text, ESTIMATE_BATCHES * rows * context)
+        score_s = scoring_seconds(model, few, context, stride, rows)
+        in_text = read(text.sequences)
+        n_read += in_text
+        seconds += score_s * in_text / max(1, read(few))
+        if config.baselines and text.head:
+            began = time.perf_counter()
+            part = text.head[:ESTIMATE_BASELINE]
+            compression_baselines(part)
+            baselines_s += (time.perf_counter() - began) * len(text.head) / len(part)
+    macs = model.flops_per_token(context) / 6 if hasattr(model, "flops_per_token") else None
+    return Estimate(
+        tokens=sum(text.n_targets for text in texts),
+        seconds=seconds + baselines_s,
+        memory_gb=memory.gb(),
+        parameters=model.num_parameters(),
+        macs_per_token=macs,
+        flops=None if macs is None else 2 * macs * n_read,
+        parts={"read, with what windows share": f"{n_read:,} tokens", "baselines": f"{baselines_s:.1f} s"},
+        notes=("tasks= are not counted: how long they are is known only when they are built",) if words else (),
+    )
+
+
+def beginning(text: Text, n: int) -> list[np.ndarray]:
+    """The first sequences of a text, n tokens of them at most."""
+    few: list[np.ndarray] = []
+    for sequence in text.sequences:
+        if n < 2:
+            break
+        few.append(np.asarray(sequence[0 : min(len(sequence), n)]))
+        n -= len(few[-1])
+    return few
+
+
+def scoring_seconds(model: Any, sequences: list[np.ndarray], context: int, stride: int, rows: int) -> float:
+    """Seconds to score these, the second time."""
+    from pipelines.lib.scoring import score
+
+    for _ in range(2):
+        began = time.perf_counter()
+        for _window in score(model, sequences, context, stride, rows):
+            pass
+    return time.perf_counter() - began
+
+
+def run(config: EvaluateConfig) -> int:
+    """Measure, write results.json, show a table, track. Returns the exit code."""
+    from pipelines.lib.jobs import storage_path
+
+    subject = open_subject(config)
+    words, texts = open_texts(config, subject)
     found = None
     if words:
         from pipelines.lib.harness import find_tasks
@@ -529,7 +605,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = [f"model={w}" if "=" not in w and not w.startswith("-") else w for w in words[1:2]]
         stage = partial(command, CheckConfig, run_check, [*named, *words[2:]], positional="model")
     else:
-        stage = partial(command, EvaluateConfig, run, words, positional="run")
+        stage = partial(command, EvaluateConfig, run, words, positional="run", estimate=estimate)
     try:
         return stage()
     except KeyboardInterrupt:

@@ -24,7 +24,10 @@ from pipelines.lib.jobs import storage_path
 from pipelines.lib.output import check_writable
 
 if TYPE_CHECKING:
+    from pipelines.lib.estimate import Estimate
     from serving.engine import Engine, Request, SamplingParams
+
+ESTIMATE_TOKENS = 32  # that an estimate generates in each row
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,55 @@ def run(config: SampleConfig) -> int:
     return 0
 
 
+def estimate(config: SampleConfig) -> Estimate:
+    """What the continuations will take, if none ends early: a batch of them is generated for a few tokens."""
+    import dataclasses
+
+    import torch
+
+    from pipelines.lib.cost import Memory
+    from pipelines.lib.estimate import Estimate
+    from pipelines.lib.world import choose_device
+    from serving.engine import Engine, RequestError
+
+    prompts, params = read_prompts(config), settings(config, 0)
+    torch.set_num_threads(config.threads)
+    memory = Memory(choose_device(config.device))
+    model, tokenizer, _ = open_model(config.run, config.which, config.device, config.dtype)
+    continuations = len(prompts) * config.num_samples
+    rows = min(config.batch, continuations)
+    try:
+        engine = Engine(model, tokenizer, rows, config.context, cache=config.cache, dedicated=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+    def generate(n: int) -> tuple[float, int]:
+        """Seconds and tokens of a full batch, n tokens each."""
+        few = dataclasses.replace(params, max_tokens=n, ignore_eos=True, stop=())
+        began = time.perf_counter()
+        try:
+            requests = [engine.submit(prompts[i % len(prompts)], few) for i in range(rows)]
+        except RequestError as error:
+            raise InputError(f"a prompt: {error}") from None
+        while engine.step():
+            pass
+        return time.perf_counter() - began, sum(len(r.tokens) for r in requests)
+
+    generate(1)  # opens what only the first call opens
+    first_s, _ = generate(1)
+    longer = max(2, min(config.max_tokens, ESTIMATE_TOKENS))
+    longer_s, generated = generate(longer)
+    token_s = max(0.0, longer_s - first_s) / max(1, generated / rows - 1)
+    rounds = -(-continuations // rows)
+    return Estimate(
+        tokens=continuations * config.max_tokens,
+        seconds=rounds * (first_s + token_s * max(0, config.max_tokens - 1)),
+        memory_gb=memory.gb(),
+        parameters=model.num_parameters(),
+        notes=("a continuation that meets an end of text or a stop is shorter, and later tokens take longer",),
+    )
+
+
 def show(engine: Engine, requests: Sequence[Request], prompts: Sequence[str], config: SampleConfig) -> None:
     """Runs the engine to the end and prints the texts in order: the first unfinished one as it grows."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -238,7 +290,7 @@ def write_results(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command(SampleConfig, run, argv, positional="run")
+    return command(SampleConfig, run, argv, positional="run", estimate=estimate)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,14 @@ import functools
 import hashlib
 import heapq
 import inspect
+import io
 import json
+import math
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -65,6 +68,8 @@ from pipelines.lib.vocab import BPE, Encoder, Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from pipelines.lib.estimate import Estimate
+
 FORMAT_VERSION = 1
 SETTINGS = "config.yaml"
 RECORDS = "records"
@@ -74,6 +79,8 @@ SMALL_UNIT_BYTES = 2**20
 UNITS = 64  # a small corpus is cut into about so many units, so that many workers have something to do
 SHARD_TOKENS = 1 << 24  # a unit that turns out larger (a packed file, a stream) fills several shards
 HASHES = 1 << 64
+ESTIMATE_MB = 4  # of text that an estimate trains a tokenizer on
+ESTIMATE_S = 3.0  # of encoding, after which an estimate looks at no further unit
 
 
 @dataclass(frozen=True)
@@ -759,6 +766,79 @@ def _merge(
     return manifest
 
 
+def estimate(config: TokenizeConfig) -> Estimate:
+    """What a corpus will take: units spread over it are tokenized, by the same code, into a folder that goes again.
+
+    A tokenizer that learns from the corpus learns from a few megabytes of it.
+    """
+    from pipelines.lib.estimate import GIB, Estimate
+
+    config = resolve(config)
+    origin, kind = cast(Source, config.source), cast(Vocabulary, config.tokenizer)
+    units, plan = plan_units(origin, config)
+    if not units:
+        raise InputError(f"the corpus is empty: {_source_name(config)} has no text")
+    notes = []
+    with tempfile.TemporaryDirectory(prefix="novella-estimate-") as scratch:
+        small = dc.replace(config, out=scratch)
+        sample = _spread(plan, ESTIMATE_MB * 2**20)
+        read = min(plan.size, getattr(kind, "sample_mb", math.inf) * 2**20)
+        if kind.reads_corpus == "sample":
+            small = dc.replace(small, tokenizer=dc.replace(cast(Any, kind), sample_mb=ESTIMATE_MB))
+        began = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            encoder, eot_id = _prepare_tokenizer(small, origin, sample)
+        made_s = time.perf_counter() - began
+        if kind.reads_corpus != "nothing" and read > sample.size:
+            made_s *= read / sample.size
+            notes.append(f"the tokenizer was trained on {sample.size / 2**20:.1f} MB instead of {read / 2**20:.0f}")
+        job = Job(origin, scratch, units, encoder.backend, dtype_for(encoder.vocab_size).name, eot_id, config.seed)
+        (Path(scratch) / RECORDS).mkdir()
+        size, tokens, seconds, n_bytes = _sampled(job)
+        tokenizer_bytes = sum(p.stat().st_size for p in (Path(scratch) / "tokenizer").rglob("*") if p.is_file())
+    scale = plan.size / size
+    workers = usable_cpus() if config.workers is None else config.workers
+    at_once = max(1, min(workers, usable_cpus(), len(units)))
+    if config.split == "tail" or config.val_documents:
+        notes.append("the corpus is read once more to find where validation begins; that is not counted")
+    if scale > 1:
+        notes.append(f"{size / 2**20:.1f} of {plan.size / 2**20:.1f} MB were tokenized")
+    return Estimate(
+        tokens=round(tokens * scale),
+        seconds=made_s + seconds * scale / at_once,
+        memory_gb=peak_memory_mb() / 2**10,
+        disk_gb=(n_bytes * scale + tokenizer_bytes) / GIB,
+        parts={
+            "source": f"{plan.size / 2**20:,.1f} MB in {len(units)} units",
+            "making the tokenizer": f"{made_s:.1f} s",
+        },
+        workers=max(1, workers),
+        notes=tuple(notes),
+    )
+
+
+def _spread(plan: Plan, size: int) -> Plan:
+    """Slices spread evenly over a plan that make up about so many bytes."""
+    n = max(1, min(len(plan.slices), round(len(plan.slices) * size / max(1, plan.size))))
+    return Plan([plan.slices[len(plan.slices) * i // n] for i in range(n)], plan.identity)
+
+
+def _sampled(job: Job) -> tuple[int, int, float, int]:
+    """Source bytes, tokens, seconds and bytes written of a few units, spread over all."""
+    _encoder(str(Path(job.out) / "tokenizer"), job.backend)  # opening it is no part of a unit
+    n, size, tokens, seconds, n_bytes = len(job.units), 0, 0, 0.0, 0
+    for unit in dict.fromkeys(n * i // min(n, 8) for i in range(min(n, 8))):
+        record = tokenize_unit(job, unit)
+        entries = [e for found in record["shards"].values() for e in found]
+        size += sum(s.size for s in job.units[unit])
+        tokens += sum(e["tokens"] for e in entries)
+        n_bytes += sum(e["size"] for e in entries)
+        seconds += record["seconds"]
+        if seconds > ESTIMATE_S:
+            break
+    return max(1, size), tokens, seconds, n_bytes
+
+
 def _source_name(config: TokenizeConfig) -> str:
     tree = plain(config.source)
     return str(tree.get("path") or tree.get("name") or tree["kind"])
@@ -922,7 +1002,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listed = ", ".join(w if w.startswith("{") else json.dumps(w) for w in bare[1:])
         given = [f"text={w}" for w in bare[:1]] + ([f"tokenizers=[{listed}]"] if listed else [])
         return command(CompareConfig, compare, [*given, *rest])
-    return command(TokenizeConfig, run, words)
+    return command(TokenizeConfig, run, words, estimate=estimate)
 
 
 if __name__ == "__main__":

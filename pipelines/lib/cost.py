@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from models.families import create
+from models.gpt.config import GPT
+from models.loss import Loss
+from models.optim.groups import AdamW
 from pipelines.lib.energy import Meter, counters
 from pipelines.lib.run import write_atomic
 from pipelines.lib.world import World
@@ -73,6 +78,21 @@ def _status(name: str) -> int:
     return 0
 
 
+@functools.cache
+def settle(device: torch.device) -> None:
+    """One update of a very small model: what a process's first update loads is no part of a run's memory.
+
+    Else the first run of a reused process would seem to need more than the same run after it.
+    """
+    before = torch.get_rng_state()
+    model = create(GPT(vocab_size=16, d_model=24, n_layers=1, seq_len=16)).to(cast(Any, device))
+    ids = torch.zeros(1, 16, dtype=torch.int64, device=device)
+    Loss(model)(ids, ids)[0].backward()
+    for optimizer in AdamW().build(model).values():
+        optimizer.step()
+    torch.set_rng_state(before)
+
+
 class Cost:
     """The meters of one attempt at a run, going on from what the attempts before it had spent.
 
@@ -81,6 +101,7 @@ class Cost:
     """
 
     def __init__(self, world: World):
+        settle(world.device)
         self.memory = Memory(world.device)
         devices = [world.device]
         if world.size > 1 and world.device.type == "cuda":  # Ray Train shows a worker all GPUs of its machine's workers

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 GIB = 2**30
 MANY_S = 1.0  # for the updates of each probe where there are several
 FIRST_UPDATES = 5  # after so many a run's own pace is known; the first, which warms up, does not count
-# On a CPU, freed tensors leave gaps that later ones do not fit into: resident memory over counted, in parts of the
-# activations (benchmarks/results/estimate.md).
+# On a CPU, freed tensors leave gaps that later ones do not fit into: resident memory beyond what is counted, in parts
+# of the activations (benchmarks/results/estimate.md). glibc gives tensors of 32 MiB and more back at once.
 GAPS = 0.9
+RETURNED_BYTES = 32 * 2**20
+BESIDE_BYTES = 6 * 2**20  # resident beside all tensors: buffers of libraries, log, writer (measured: 4 to 10 MiB)
 DURATIONS = (("min", 60, "s", 1, 3600), ("h", 3600, "min", 60, 86400), ("d", 86400, "h", 3600, math.inf))
 ROW_BYTES = 420  # of a line of metrics.jsonl with the figures of an update (measured: 350 to 460)
 
@@ -165,8 +167,9 @@ def _time(config: TrainConfig, size: Length, pace: Pace) -> tuple[int, float]:
 
 def memory_bytes(config: TrainConfig, counted: Counted, gaps: float | None = None) -> dict[str, float]:
     """Peak memory of a worker by what it is for, in bytes."""
+    on_cpu = device_kind(config) == "cpu"
     if gaps is None:
-        gaps = GAPS if device_kind(config) == "cpu" else 0.0
+        gaps = GAPS if on_cpu else 0.0
     several = config.micros > max(1, config.num_workers) or config.num_workers > 1
     rest = counted.peak(several) - counted.weights - counted.optimizer
     gradients = counted.gradients if several else 0
@@ -175,8 +178,14 @@ def memory_bytes(config: TrainConfig, counted: Counted, gaps: float | None = Non
         "gradients": gradients,
         "optimizer state": counted.optimizer,
         "activations": rest - gradients,
-        "gaps between tensors": gaps * counted.activations,
+        "gaps between tensors": gaps * gappy(counted),
+        "beside tensors": BESIDE_BYTES if on_cpu else 0,
     }
+
+
+def gappy(counted: Counted) -> int:
+    """Bytes of the activations whose place an allocator keeps when they are freed."""
+    return counted.activations - (counted.logits if counted.logits // 2 >= RETURNED_BYTES else 0)
 
 
 def checkpoint_bytes(folders: Sequence[TokenFolder], counted: Counted) -> int:
@@ -337,7 +346,8 @@ def show(found: Estimate, prices: Prices) -> None:
     from pipelines.lib.terminal import print_table
 
     money = prices.cost(found)  # first: a price that cannot be is said alone
-    table = Table(title="estimate: nothing was done or written", title_justify="left")
+    print("estimate; nothing was run or written")
+    table = Table()
     table.add_column("what")
     table.add_column("figure", justify="right")
     each = " per worker" if found.workers > 1 else ""
@@ -347,7 +357,7 @@ def show(found: Estimate, prices: Prices) -> None:
         ("multiply-accumulates per token", None if found.macs_per_token is None else f"{found.macs_per_token:,.0f}"),
         ("FLOPs", None if found.flops is None else f"{found.flops:.3g}"),
         (f"memory{each}", None if found.memory_gb is None else _size(found.memory_gb * GIB)),
-        *((f"  {name}", value) for name, value in found.parts.items()),
+        *((f"  {name}", value) for name, value in found.parts.items() if value != NOTHING),
         ("disk", None if found.disk_gb is None else _size(found.disk_gb * GIB)),
         ("time", None if found.seconds is None else duration(found.seconds)),
         ("  of an update", None if found.step_time_s is None else f"{found.step_time_s:.3g} s"),
@@ -359,6 +369,9 @@ def show(found: Estimate, prices: Prices) -> None:
     print_table(table)
     for note in (*found.notes, *prices.notes()):
         print(f"note: {note}")
+
+
+NOTHING = "0 B"
 
 
 def _size(n: float) -> str:

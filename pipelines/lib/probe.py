@@ -14,7 +14,7 @@ import torch
 
 from pipelines.lib.cluster import usable_cpus
 from pipelines.lib.counting import count
-from pipelines.lib.estimate import GIB, Pace, device_kind
+from pipelines.lib.estimate import BESIDE_BYTES, GIB, Pace, device_kind, gappy
 from pipelines.lib.loop import Trainer, samples
 from pipelines.lib.run import Run
 from pipelines.lib.runlog import Log
@@ -65,7 +65,8 @@ def probe(config: TrainConfig, folders: Sequence[TokenFolder] | None = None, sec
         finally:
             torch.set_num_threads(before)
     counted = count(small, world.device.type)
-    gaps = max(0.0, (memory - counted.peak(micros > 1)) / counted.activations)
+    beside = BESIDE_BYTES if world.device.type == "cpu" else 0
+    gaps = max(0.0, (memory - beside - counted.peak(micros > 1)) / gappy(counted))
     workers, notes = _workers(config)
     micro_s = (usual - apply_s) / micros
     update_s = -(-config.micros // workers) * micro_s + apply_s
