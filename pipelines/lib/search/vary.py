@@ -224,7 +224,7 @@ class _Reader:
         if not names:
             raise self.fail(f"{word}: an empty list names no group")
         for name in names:
-            if name not in self.groups:
+            if not isinstance(name, str) or name not in self.groups:
                 what = near(name, self.groups) if self.groups else "; none is defined"
                 raise self.fail(f"{word}: there is no named group {name!r}{what}")
         return tuple(names)

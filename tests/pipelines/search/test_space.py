@@ -293,6 +293,7 @@ def test_aliases_stand_for_keys_also_in_conditions():
         ("{parameter_groups: [{aliases: {a: b}}]}", "aliases stands at the top"),
         ("{parameter_groups: {a: 1}}", "parameter_groups: a list of mappings"),
         ("{parameter_groups: []}", "empty list"),
+        ("{named_group_static: {}}", "there is no named group {}; none is defined"),
         ("{a: []}", "a: an empty list"),
         ("{a: {rang: {start: 1, end: 2}}}", "a: .*did you mean 'range'"),
         ("{a: {range: {start: 1, stop: 2}}}", "range needs"),
