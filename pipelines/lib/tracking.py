@@ -55,6 +55,7 @@ DIGEST_CHARACTERS = 36
 TAG_CHARACTERS = 8000
 NAME_CHARACTERS = 250
 OF_ADDING = ("time_ms", "key", "git_sha", "tags")  # what a line says of who wrote it and when, not of the trial
+PROGRAMS = {"trial": "pipelines.train", "serve": "serving.app"}  # of other stages: pipelines.STAGE
 STATUS = {"done": "FINISHED", "failed": "FAILED", "refused": "FAILED", "interrupted": "KILLED"}  # a trial's -> MLflow's
 # Against a dead server MLflow would try for four minutes, each time for two; here a thread tries again anyway.
 CLIENT_ENVIRONMENT = {
@@ -375,9 +376,10 @@ class Children:
         key = next((note["key"] for note in old if note["do"] == "start"), None)
         bare = lambda notes: [{k: v for k, v in note.items() if k not in OF_ADDING} for note in notes]
         if bare(old[-len(new) :]) != bare(new):
+            first = next((row for row, _ in rows(folder / "metrics.jsonl") if row), {})
+            begun = {"time_ms": first.get("time_ms", now), "key": key or uuid.uuid4().hex}
             for note in new:
-                mark = {"key": key or uuid.uuid4().hex} if note["do"] == "start" else {}
-                append(file, {"time_ms": now, **mark, **note})
+                append(file, {**(begun if note["do"] == "start" else {"time_ms": now}), **note})
         self.todo.append(Copy(folder, self.uri, new=key is None))
         self.woken.set()
 
@@ -578,7 +580,8 @@ class Copy:
 
     @staticmethod
     def _create(client: Any, experiment: str, start: dict[str, Any], parent: str | None) -> Any:
-        tags = {"novella.key": start["key"], "mlflow.source.name": f"pipelines.{start['stage']}"}
+        program = PROGRAMS.get(start["stage"], f"pipelines.{start['stage']}")
+        tags = {"novella.key": start["key"], "mlflow.source.name": program}
         tags |= {"mlflow.source.type": "JOB" if "ray_job" in start["tags"] else "LOCAL"}
         if "user" in start["tags"]:
             tags["mlflow.user"] = start["tags"]["user"]
@@ -670,7 +673,8 @@ class Copy:
         run = self.seen or self.client.get_run(self.run_id)
         if run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
-        params = flat_params(note["config"])
+        # Not the folder: that is the tag run_dir, and as a param it would part all runs of a chart.
+        params = flat_params({key: value for key, value in note["config"].items() if key != "out"})
         known = run.data.params
         tags = tags_of(note) | {
             f"changed.{key}": v[:TAG_CHARACTERS] for key, v in params.items() if known.get(key, v) != v
@@ -787,7 +791,7 @@ class Copy:
             with contextlib.suppress(OSError):
                 tags.append(RunTag(f"checkpoint.{pointer}", (self.folder / pointer).read_text().strip()))
         final: list[Any] = []
-        if values := note.get("values"):  # a figure that its row has is there already, and sent again it costs 20 ms
+        if values := note.get("values"):  # a figure that its row has is there already
             row = row_at(self.folder / "metrics.jsonl", note["step"]) or {}
             values = {key: value for key, value in values.items() if key not in row}
             model = self.state["models"].get(str(note["step"]))

@@ -546,7 +546,7 @@ def trial(out, i, steps=4):
             append(folder / "metrics.jsonl", row(step, **({"val/bpb": 2.0 + i} if step == steps else {})))
     return folder, {
         "name": f"t{i}-s0",
-        "config": {**CONFIG, "optim": {"lr": 1e-3 * (i + 1)}},
+        "config": {**CONFIG, "optim": {"lr": 1e-3 * (i + 1)}, "out": str(folder)},
         "status": "done",
         "metrics": {"val/bpb": 2.0 + i, "val/score": 0.5, "cost/parameters": 1000.0 + i},
         "step": steps,
@@ -595,7 +595,9 @@ def test_a_search_killed_twice_shows_thirty_trials_once_each_and_every_step_once
             assert len(history(store, run.info.run_id, key)) == 1
         assert tracking.copied(folder) == run.info.run_id
         assert len([n for n, _ in rows(folder / "tracking.jsonl") if n["do"] == "end"]) == 1
-    assert len({r.data.params["optim.lr"] for r in found}) == 30
+        assert run.info.start_time == 1_700_000_000_001 < run.info.end_time
+    parting = {key for run in found for key in run.data.params if run.data.params[key] != found[0].data.params[key]}
+    assert parting == {"optim.lr"}
 
 
 def test_a_trial_that_goes_on_is_one_run_and_saying_the_same_again_writes_nothing(store, tmp_path):
