@@ -63,10 +63,10 @@ def quantile(level: float, dof: float) -> float:
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """The mean of independent values with Student's interval."""
-    x = np.asarray(values, dtype=float)
-    n = len(x)
-    mean = float(x.mean()) if n else math.nan
-    se = float(x.std(ddof=1)) / math.sqrt(n) if n > 1 and np.isfinite(x).all() else math.nan
+    n = len(values)
+    mean = sum(values) / n if n else math.nan
+    known = n > 1 and math.isfinite(mean)
+    se = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n) if known else math.nan
     half = quantile(level, n - 1) * se
     return Interval(mean, mean - half, mean + half, se, n)
 
