@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import FrozenInstanceError
 
 import pytest
 
-from models.spec import ConfigError, build
+from models.spec import ConfigError, build, fields
 from pipelines.lib.config import InputError
 from pipelines.lib.search.domains import DEFAULT
 from pipelines.lib.search.rules import Grid, Random, Rule, Sweep
@@ -150,8 +151,10 @@ def test_more_seeds_later_complete_what_was_drawn():
 
 
 def test_every_rule_is_a_frozen_dataclass_with_a_line_for_each_field():
-    assert {"sweep", "grid", "random", "asha", "median", "pbt", "tpe"} <= set(Rule.kinds)
-    for cls in Rule.kinds.values():
-        assert issubclass(cls, Rule)
-        with pytest.raises(AttributeError):
-            build(Rule, {"kind": next(k for k, c in Rule.kinds.items() if c is cls)}).new = 1
+    assert set(Rule.kinds) == {"sweep", "grid", "random", "greedy", "asha", "median", "pbt", "tpe"}
+    for kind, cls in Rule.kinds.items():
+        with pytest.raises(FrozenInstanceError):
+            build(Rule, {"kind": kind}).draws = 1
+        said = "\n".join(c.__doc__ for c in cls.__mro__ if issubclass(c, Rule) and c is not Rule)
+        for name in fields(cls):
+            assert f"\n    {name}: " in said, f"{kind}.{name}"
