@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.spec import ConfigError, build, flatten, near, plain
-from pipelines.lib.config import InputError, recipe
+from pipelines.lib.comparison.searches import SearchStory, story_of
+from pipelines.lib.config import InputError
 from pipelines.lib.jsonl import figures
 from pipelines.lib.jsonl import rows as read_rows
 from pipelines.lib.run import Run
@@ -86,12 +87,11 @@ class LeftOut:
 
 @dataclass
 class Collection:
-    """What was found. searches: their folders.  objectives: (metric, mode) that they were made for."""
+    """What was found."""
 
     runs: list[RunRecord] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    searches: list[Path] = field(default_factory=list)
-    objectives: list[tuple[str, str]] = field(default_factory=list)
+    searches: list[SearchStory] = field(default_factory=list)
 
     def add(self, path: Path, name: str, trial: Mapping[str, Any] | None = None, asked: bool = False) -> None:
         """Read one run folder. asked: the user named it, so what is wrong with it is an error."""
@@ -155,10 +155,7 @@ def add_below(found: Collection, root: Path, folder: Path, depth: int) -> None:
 def add_search(found: Collection, folder: Path) -> None:
     """The trials of a search, as its ledger has them; the folder of a trial that went on is one run."""
     ledger = Ledger(folder)
-    found.searches.append(folder)
-    objective = recipe(folder / "config.yaml").get("objective") if (folder / "config.yaml").is_file() else None
-    if isinstance(objective, dict) and "metric" in objective:
-        found.objectives.append((str(objective["metric"]), str(objective.get("mode", "min"))))
+    found.searches.append(story_of(folder, ledger))
     newest: dict[str, dict[str, Any]] = {}
     for number in sorted(ledger.rows):
         row = ledger.rows[number]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from models.spec import near
 from pipelines.lib.comparison.collect import Collection, LeftOut, RunRecord, is_number
 from pipelines.lib.comparison.importance import Importance, importance_of
+from pipelines.lib.comparison.searches import SearchStory
 from pipelines.lib.comparison.variants import (
     Variant,
     computes,
@@ -129,6 +130,7 @@ class Findings:
     importance: Importance
     notes: tuple[Note, ...]
     left_out: tuple[LeftOut, ...] = ()
+    searches: tuple[SearchStory, ...] = ()
     baseline: int | None = None
     cost_how: Mapping[str, str] = field(default_factory=dict)
 
@@ -156,7 +158,7 @@ def question_of(
 
     Raises InputError for a metric that no run has.
     """
-    objectives = set(found.objectives)
+    objectives = {(search.metric, search.mode) for search in found.searches if search.metric}
     if metric is None and len(objectives) == 1:
         (metric, goal), *_ = objectives
         mode = mode or ("max" if goal == "max" else "min")
@@ -191,8 +193,9 @@ def analyse(found: Collection, question: Question, baseline: str | None = None) 
         importance_of(
             [(r.variant.settings, r.values) for r in ranked if r.group == 0], computes(columns), question.level
         ),
-        tuple(notes_of(ranked, pairs, question, common, columns)),
+        tuple(notes_of(ranked, pairs, question, common)),
         tuple(found.left_out),
+        tuple(found.searches),
         at,
         cost_sources(ranked),
     )
@@ -376,15 +379,13 @@ def cost_sources(ranked: Sequence[Ranked]) -> dict[str, str]:
 # ---- caveats over all ------------------------------------------------------------------------------------------------
 
 
-def notes_of(
-    ranked: Sequence[Ranked], pairs: Sequence[Pair], question: Question, common: float | None, columns: Sequence[str]
-) -> list[Note]:
+def notes_of(ranked: Sequence[Ranked], pairs: Sequence[Pair], question: Question, common: float | None) -> list[Note]:
     """What a reader must know before any conclusion."""
     runs = [run for r in ranked for run in r.variant.runs]
     notes = [
         *data_notes(ranked),
         *length_notes(ranked, question, common),
-        *setting_notes(ranked, pairs, columns),
+        *setting_notes(ranked, pairs),
         *seed_notes(ranked),
     ]
     unfinished = Counter(run.status for run in runs if run.status != "complete")
@@ -447,17 +448,16 @@ def length_notes(ranked: Sequence[Ranked], question: Question, common: float | N
     return [Note("stop", text)]
 
 
-def setting_notes(ranked: Sequence[Ranked], pairs: Sequence[Pair], columns: Sequence[str]) -> list[Note]:
+def setting_notes(ranked: Sequence[Ranked], pairs: Sequence[Pair]) -> list[Note]:
     several = [p for p in pairs if any(c.startswith("differ in") for c in p.caveats)]
     if not several:
         return []
-    if len(several) == len(pairs) or len(pairs) <= PAIRS_IN_NOTES:
+    if len(several) <= PAIRS_IN_NOTES:
         said = "; ".join(
             f"{ranked[p.first].letter} and {ranked[p.second].letter} in {', '.join(computes(p.settings))}"
-            for p in several[:PAIRS_IN_NOTES]
+            for p in several
         )
-        more = f"; and {len(several) - PAIRS_IN_NOTES} more pairs" if len(several) > PAIRS_IN_NOTES else ""
-        text = f"Variants differ in more than one setting, so a difference cannot be put down to one: {said}{more}."
+        text = f"Variants differ in more than one setting, so a difference cannot be put down to one: {said}."
         return [Note("care", text)]
     text = (
         f"{len(several)} of {len(pairs)} pairs differ in more than one setting (marked +): none of them alone can be "

@@ -3,6 +3,7 @@
 const DATA = JSON.parse(document.getElementById("page-data").textContent);
 const CONFIG = { responsive: true, displaylogo: false, displayModeBar: "hover",
   modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
+const QUIET = "#8a8f98";
 const state = { axis: null, figure: 0, log: false };
 
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -96,9 +97,24 @@ function finals(id, spec) {
   }), CONFIG);
 }
 
+// ---- a search's trials in their order
+
+function search(id, spec) {
+  const dots = whole => spec.points.filter(p => p.whole === whole);
+  const marks = (points, name, color) => ({ x: points.map(p => p.x), y: points.map(p => p.y), name, mode: "markers",
+    type: "scatter", marker: { size: 6, color }, hovertemplate: "%{y:.5f}<extra>trial %{x}</extra>" });
+  const traces = [marks(dots(true), "trained to the end", css("--accent"))];
+  if (dots(false).length) traces.push(marks(dots(false), "a shorter piece", fade(QUIET, 0.6)));
+  if (spec.best.x.length > 1) traces.push({ x: spec.best.x, y: spec.best.y, name: "best so far", mode: "lines",
+    type: "scatter", line: { shape: "hv", color: css("--ink"), width: 1.6 }, hoverinfo: "skip" });
+  Plotly.react(id, traces, layout({ height: 320, xaxis: { title: { text: "trial" } },
+    yaxis: { title: { text: text(spec.metric) } }, legend: { orientation: "h", y: -0.25 } }), CONFIG);
+}
+
 // ---- Pareto fronts
 
 function fronts(id, spec) {
+  spec.points.sort((a, b) => a.front - b.front);  // what is on the front lies above what is not
   const on = spec.points.filter(p => p.front).sort((a, b) => a.x - b.x);
   const traces = [];
   if (on.length) traces.push({ x: on.map(p => p.x), y: on.map(p => p.y), mode: "lines", type: "scatter", hoverinfo: "skip",
@@ -145,7 +161,7 @@ function importance(id, spec) {
 
 // ---- all of them, again when a button is pressed or the scheme changes
 
-const DRAW = { curves, finals, fronts, coordinates, importance };
+const DRAW = { curves, finals, search, fronts, coordinates, importance };
 
 function draw(only) {
   for (const [id, spec] of Object.entries(DATA.plots))

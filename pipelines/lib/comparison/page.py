@@ -27,6 +27,7 @@ def comparison_page(found: Findings, title: str, command: str, shown: int) -> st
     parts = [
         header(found, title),
         tag("section", tag("h2", "In short"), bullets(sentences.in_short(found)), notes(found), id="short"),
+        searches_section(found, plots),
         finals_section(found, plots, shown),
         settings_section(found),
         curves_section(found, plots, shown),
@@ -67,6 +68,7 @@ def header(found: Findings, title: str) -> Safe:
     what = f"{len(found.ranked)} variants, {runs} runs · {question.metric}, {at}, {goal}"
     what += f" · {time.strftime('%Y-%m-%d %H:%M')}"
     places = (
+        *((("search", "Search"),) if found.searches else ()),
         ("finals", "Results"),
         ("settings", "What differs"),
         ("curves", "Curves"),
@@ -78,6 +80,38 @@ def header(found: Findings, title: str) -> Safe:
     )
     links = [tag("a", name, href=f"#{place}") for place, name in places]
     return tag("header", tag("h1", title), tag("div", what, class_="sub"), tag("nav", *links))
+
+
+# ---- searches --------------------------------------------------------------------------------------------------------
+
+
+def searches_section(found: Findings, plots: dict[str, Any]) -> Safe | None:
+    """What each search did: its trials in order, its decisions, why it ended."""
+    if not found.searches:
+        return None
+    inside: list[Any] = []
+    for i, story in enumerate(found.searches):
+        time_spent = f" {words.duration(story.seconds)} of driver time." if story.seconds else ""
+        inside.append(say(story.sentence() + time_spent))
+        if story.decisions:
+            inside += [
+                tag("h3", "Decisions"),
+                tag("ol", *(tag("li", line) for line in story.decisions), class_="short"),
+            ]
+        if story.winner is not None:
+            ended = ", ".join(f"{k}={word(v)}" for k, v in story.winner.items()) or "its baseline"
+            inside.append(say(tag("b", "Recommended: "), ended))
+        if len(story.points) > 1:
+            best = story.best_so_far()
+            line = [*best, (story.points[-1][0], best[-1][1])] if best else []
+            plots[f"plot-search-{i}"] = {
+                "kind": "search",
+                "metric": story.metric,
+                "points": [{"x": n, "y": value, "whole": share == 1} for n, value, share in story.points],
+                "best": {"x": [n for n, _ in line], "y": [v for _, v in line]},
+            }
+            inside += [tag("h3", "Trials in the order they were asked for"), plot(f"plot-search-{i}")]
+    return section("search", "Search" if len(found.searches) == 1 else "Searches", *inside)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,13 @@ def comparison_paper(found: Findings, title: str, command: str, shown: int, fold
     question = found.question
     parts = [f"# {plain(title)}", "\n".join(f"- {plain(line)}" for line in sentences.in_short(found))]
     parts += [f"> {MARKS[n.kind]}{plain(n.text.removeprefix('Not comparable: '))}" for n in found.notes]
+    for story in found.searches:
+        parts += ["## Search", plain(story.sentence())]
+        if story.decisions:
+            parts.append("\n".join(f"{i}. {plain(line)}" for i, line in enumerate(story.decisions, 1)))
+        if story.winner is not None:
+            ended = ", ".join(f"{k}={word(v)}" for k, v in story.winner.items()) or "its baseline"
+            parts.append(f"Recommended: {plain(ended)}.")
     parts += ["## Results", results(found)]
     if image(folder, "finals", lambda figure: draw_finals(figure, found, shown), (8, 1.2 + 0.3 * len(found.compared))):
         parts.append("![final values over seeds](finals.png)")
@@ -245,7 +252,7 @@ def draw_fronts(figure: Any, found: Findings, shown: int) -> bool:
         if cost not in found.fronts:
             axes.text(0.5, 0.5, "no run has this figure", ha="center", transform=axes.transAxes)
             continue
-        points = list(zip(*found.fronts[cost], strict=True))
+        points = sorted(zip(*found.fronts[cost], strict=True), key=lambda point: point[1])
         front = sorted((found.ranked[i].costs[cost], found.ranked[i].interval.mean) for i, on in points if on)
         axes.step(*zip(*front, strict=True), where="post", color="0.5", lw=1, ls=":")
         for i, on in points:

@@ -13,7 +13,7 @@ VERDICTS = {"none": "none", "unknown": "no error known"}
 
 def in_short(found: Findings) -> list[str]:
     """What the page shows, in a few lines; strongest caveat first."""
-    out = []
+    out = [story.sentence() for story in found.searches]
     if any(note.kind == "stop" for note in found.notes):
         out.append("These runs are not comparable as they stand; the red notes say why.")
     if not found.compared:
@@ -34,7 +34,8 @@ def in_short(found: Findings) -> list[str]:
             size = f"{words.signed(effect.size, found.error)} {words.bounds(effect.low, effect.high, found.error)}"
             out.append(f"{effect.key} {effect.change} changes it by {size}, over all that it was tried with.")
         elif effect.shown:
-            out.append(f"{effect.key} explains {effect.size:.0%} of the variance between held-out variants.")
+            share = f"{effect.size:.0%} of the variance"
+            out.append(f"{effect.key} matters: shuffled, it takes {share} from a forest's prediction.")
     on_fronts = [
         f"{COSTS[cost].split(',')[0]}: {some([found.ranked[i].letter for i, on in zip(*front, strict=True) if on])}"
         for cost, front in found.fronts.items()

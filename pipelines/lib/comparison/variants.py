@@ -109,6 +109,11 @@ def word(value: Any) -> str:
     return str(value)
 
 
+def brief(value: Any) -> str:
+    """A value in a name: a number drawn at random by three of its digits."""
+    return word(float(f"{value:.3g}") if isinstance(value, float) else value)
+
+
 def in_runs(words: Sequence[str]) -> str:
     """`[128 x3, none]`: equal neighbours counted."""
     out: list[tuple[str, int]] = []
@@ -126,10 +131,10 @@ def labelled(variants: Sequence[Variant]) -> list[Variant]:
 
     keys = varying([v.settings for v in variants])
     names = short_names(keys)
-    usual = {k: Counter(word(v.settings.get(k, ABSENT)) for v in variants).most_common(1)[0][0] for k in keys}
+    usual = {k: Counter(brief(v.settings.get(k, ABSENT)) for v in variants).most_common(1)[0][0] for k in keys}
     labels = []
     for variant in variants:
-        said = [(k, word(variant.settings[k])) for k in keys if k in variant.settings]
+        said = [(k, brief(variant.settings[k])) for k in keys if k in variant.settings]
         if len(keys) > LABEL_KEYS:
             said = [(k, w) for k, w in said if w != usual[k]]
         text = ", ".join(f"{names[k]}={w if len(w) <= 40 else w[:37] + '...'}" for k, w in said)

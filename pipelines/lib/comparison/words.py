@@ -49,6 +49,14 @@ def cost(name: str, value: float | None) -> str:
     return si(value, UNITS.get(name, ""))
 
 
+def duration(seconds: float) -> str:
+    """`42 s`, `3.5 min`, `2.1 h`."""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (math.inf, 3600, "h")):
+        if seconds < limit:
+            return f"{digits(seconds / unit, 2)} {name}"
+    return MISSING
+
+
 def places(error: float) -> int:
     """Decimals that a figure with this standard error deserves: to the error's second digit."""
     return max(2, min(6, 1 - math.floor(math.log10(error)))) if error > 0 and math.isfinite(error) else 4

@@ -77,7 +77,7 @@ def make_search(folder: Path, objective: dict[str, str] | None = None) -> Path:
     from pipelines.lib.search.ledger import Ledger
 
     folder.mkdir(parents=True)
-    config = {"rule": "random", **({"objective": objective} if objective else {})}
+    config = {"rule": {"kind": "random"}, **({"objective": objective} if objective else {})}
     (folder / "config.yaml").write_text(write_yaml(config))
     ledger = Ledger(folder)
     ledger.session()
@@ -97,7 +97,7 @@ def make_search(folder: Path, objective: dict[str, str] | None = None) -> Path:
         if run:
             upto = {"done": round(20 * share), "failed": 7}[status]
             make_run(folder / run, loss, 0, settings, upto=upto, data=None)
-        metrics = {"val/bpb": loss} if status == "done" else {}
+        metrics = {"val/bpb": loss / math.log(2), "val/nll": loss} if status == "done" else {}
         ledger.write("end", number=number, status=status, metrics=metrics, cost={}, error=error)
     ledger.write("done", reason="all drawn")
     return folder

@@ -44,7 +44,9 @@ def test_a_search_gives_its_trials_and_says_what_became_of_the_others(tmp_path):
     assert [(e.name, e.why) for e in found.left_out] == [
         ("trial 4", "refused: d_model=33 is not divisible by n_heads=2")
     ]
-    assert found.objectives == [("val/nll", "min")]
+    (story,) = found.searches
+    assert (story.rule, story.metric, story.done) == ("random", "val/nll", "all drawn")
+    assert story.trials == {"done": 3, "failed": 1, "refused": 1}
 
 
 def test_runs_that_mlflow_finds_are_collected_and_those_that_are_gone_are_said(tmp_path, monkeypatch):
