@@ -1,7 +1,7 @@
 """Searches: what a trial costs beyond its own training, and successive halving beside random draws.
 
     python -m benchmarks.search overhead [trials=24] [out=benchmarks/results]
-    python -m benchmarks.search asha [repetitions=10] [full=12] [tokens=163840] [out=benchmarks/results]
+    python -m benchmarks.search asha [repetitions=10] [full=20] [tokens=245760] [out=benchmarks/results]
 
 overhead: trials of 100k tokens through our search (reused actors, open token folders, no Ray Train) and through a Tuner
 with Ray's defaults around the same training loop, in turn; the floor is the training itself.
@@ -177,10 +177,22 @@ def at(points: list[tuple[int, float]], spent: float) -> float:
     return next((loss for used, loss in reversed(points) if used <= spent), math.nan)
 
 
+def middle_of(found: list[list[tuple[int, float]]], spent: float) -> float:
+    """Median over the repetitions of the best loss after so many tokens; those that have none yet count as infinite."""
+    return statistics.median([math.inf if math.isnan(x := at(points, spent)) else x for points in found])
+
+
+def crossing(curves: Mapping[str, list[list[tuple[int, float]]]], budget: int) -> float:
+    """The fraction of the budget from which asha's median is at most random's final one; infinite if never."""
+    goal = middle_of(curves["random"], 1.05 * budget)
+    shares = (i / 200 for i in range(1, 211))
+    return next((share for share in shares if middle_of(curves["asha"], share * budget) <= goal), math.inf)
+
+
 def asha(out: Path, repetitions: int, full: int, length: int) -> None:
     ensure_ray()
     budget = full * length
-    rules = {"asha": "{kind: asha, eta: 4, min_share: 0.0625}", "random": "random"}
+    rules = {"asha": "asha", "random": "random"}  # as they are by default
     curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in rules}
     began = time.time()
     with tempfile.TemporaryDirectory() as name:
@@ -232,6 +244,8 @@ def asha(out: Path, repetitions: int, full: int, length: int) -> None:
         f"Fraction of the budget at which asha reaches random's final best: median {middle:.2f}; all: "
         + ", ".join("never" if math.isinf(f) else f"{f:.2f}" for f in reached)
         + ".",
+        f"The median of asha's best losses falls below random's final median at {crossing(curves, budget):.2f} of "
+        "the budget.",
         "",
         "![best loss over tokens](search_asha.png)",
     ]
@@ -252,9 +266,7 @@ def plot(path: Path, curves: Mapping[str, list[list[tuple[int, float]]]], budget
             axis.step(
                 [used / 1e6 for used, _ in found], [loss for _, loss in found], colour, where="post", lw=0.6, alpha=0.35
             )
-        middle = [
-            statistics.median([x for c in curves[rule] if math.isfinite(x := at(c, w))] or [math.nan]) for w in where
-        ]
+        middle = [x if math.isfinite(x := middle_of(curves[rule], w)) else math.nan for w in where]
         axis.step(
             [w / 1e6 for w in where], middle, colour, where="post", lw=2.2, label=f"{rule} (median of repetitions)"
         )
@@ -282,7 +294,7 @@ def main(argv: Sequence[str]) -> int:
     if what == "overhead":
         overhead(out, numbers.get("trials", 24))
     elif what == "asha":
-        asha(out, numbers.get("repetitions", 10), numbers.get("full", 12), numbers.get("tokens", 163840))
+        asha(out, numbers.get("repetitions", 10), numbers.get("full", 20), numbers.get("tokens", 245760))
     else:
         print(__doc__)
         return 2

@@ -41,6 +41,11 @@ def prepare(config: SearchConfig) -> tuple[SearchConfig, Study]:
         folder.split("val")
     study = Study(config, folders)
     config.rule.check(study)
+    if getattr(config.rule, "draws", 0) is None and config.trials is config.tokens is config.seconds is None:
+        raise InputError(
+            f"rule {plain(config.rule)['kind']} draws without end; give rule.draws=, or a budget: trials=, tokens= or "
+            "seconds="
+        )
     return config, study
 
 

@@ -246,7 +246,7 @@ class Guide:
         held = [t for t in self._whole() if self._has(self.ledger.rows[t.number])]
         held.sort(key=self.config.objective.loss)
         stay = {self.ledger.rows[t.number]["checkpoint"] for t in held[: self.config.keep]}
-        if last and (winner := self.winner_row()):
+        if winner := self.winner_row():
             stay.add(winner["checkpoint"])
         if self.rule.looks_back and not last:
             return

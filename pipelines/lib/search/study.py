@@ -41,7 +41,7 @@ class SearchConfig:
     seeds: seeds per setting; equal seeds of two settings share data order and make a pair
     first_seed: the first of them
     search_seed: of the rule's own draws
-    trials: stop after this many trials
+    trials: stop after this many trials (of rules that train in pieces: pieces)
     tokens: stop when this many tokens were trained on
     seconds: stop after this time; what runs then is stopped and counts for nothing
     parallel: trials at once (null: as many as the CPUs or GPUs allow; 0: one after another in this process)
