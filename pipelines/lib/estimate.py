@@ -27,8 +27,8 @@ GIB = 2**30
 MANY_S = 1.0  # for the updates of each probe where there are several
 FIRST_UPDATES = 5  # after so many a run's own pace is known; the first, which warms up, does not count
 # On a CPU, freed tensors leave gaps that later ones do not fit into: resident memory beyond what is counted, in parts
-# of the activations (benchmarks/results/estimate.md). glibc gives tensors of 32 MiB and more back at once.
-GAPS = 0.9
+# of it, up to ten million parameters (benchmarks/results/estimate.md). glibc gives back 32 MiB and more at once.
+GAPS = 1 / 3
 RETURNED_BYTES = 32 * 2**20
 BESIDE_BYTES = 6 * 2**20  # resident beside all tensors: buffers of libraries, log, writer (measured: 4 to 10 MiB)
 DURATIONS = (("min", 60, "s", 1, 3600), ("h", 3600, "min", 60, 86400), ("d", 86400, "h", 3600, math.inf))
@@ -122,7 +122,7 @@ def estimate(
     """What a training run takes.
 
     config: with its vocabulary and batch known (pipelines.train.resolve_config).  folders: its token folders.
-    pace: None leaves the time open.  gaps: what an allocator wastes, in parts of the activations (None: as usual).
+    pace: None leaves the time open.  gaps: what an allocator wastes, in parts of what is alive (None: as usual).
     """
     from pipelines.lib.counting import count
 
@@ -171,21 +171,22 @@ def memory_bytes(config: TrainConfig, counted: Counted, gaps: float | None = Non
     if gaps is None:
         gaps = GAPS if on_cpu else 0.0
     several = config.micros > max(1, config.num_workers) or config.num_workers > 1
-    rest = counted.peak(several) - counted.weights - counted.optimizer
+    alive = counted.peak(several)
+    rest = alive - counted.weights - counted.optimizer
     gradients = counted.gradients if several else 0
     return {
         "weights": counted.weights,
         "gradients": gradients,
         "optimizer state": counted.optimizer,
         "activations": rest - gradients,
-        "gaps between tensors": gaps * gappy(counted),
+        "gaps between tensors": gaps * gappy(counted, alive),
         "beside tensors": BESIDE_BYTES if on_cpu else 0,
     }
 
 
-def gappy(counted: Counted) -> int:
-    """Bytes of the activations whose place an allocator keeps when they are freed."""
-    return counted.activations - (counted.logits if counted.logits // 2 >= RETURNED_BYTES else 0)
+def gappy(counted: Counted, alive: int) -> int:
+    """Of the bytes that are alive at once, those whose place an allocator keeps when they are freed."""
+    return alive - (counted.logits if counted.logits // 2 >= RETURNED_BYTES else 0)
 
 
 def checkpoint_bytes(folders: Sequence[TokenFolder], counted: Counted) -> int:

@@ -27,7 +27,7 @@ PROBE_S = 2.0  # for the updates; validation, saving and samples are measured on
 
 @dataclass(frozen=True)
 class Probe:
-    """A few seconds of a run, measured. gaps: memory beyond what was counted, in parts of the activations."""
+    """A few seconds of a run, measured. gaps: memory beyond what was counted, in parts of it."""
 
     pace: Pace
     gaps: float
@@ -66,7 +66,8 @@ def probe(config: TrainConfig, folders: Sequence[TokenFolder] | None = None, sec
             torch.set_num_threads(before)
     counted = count(small, world.device.type)
     beside = BESIDE_BYTES if world.device.type == "cpu" else 0
-    gaps = max(0.0, (memory - beside - counted.peak(micros > 1)) / gappy(counted))
+    alive = counted.peak(micros > 1)
+    gaps = max(0.0, (memory - beside - alive) / gappy(counted, alive))
     workers, notes = _workers(config)
     micro_s = (usual - apply_s) / micros
     update_s = -(-config.micros // workers) * micro_s + apply_s
