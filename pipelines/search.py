@@ -22,6 +22,7 @@ from models.spec import plain
 from pipelines.lib.config import InputError, command, write_yaml
 from pipelines.lib.run import Run, differences
 from pipelines.lib.search.ledger import Ledger
+from pipelines.lib.search.rules.greedy import Greedy
 from pipelines.lib.search.rules.listed import Sweep
 from pipelines.lib.search.space import label
 from pipelines.lib.search.study import SearchConfig, Study
@@ -134,6 +135,7 @@ class ShownTrials:
     def __init__(self, study: Study, ledger: Ledger, progress: Any):
         self.study, self.ledger, self.progress = study, ledger, progress
         self.dimensions = study.space.dimensions()
+        self.said = len(study.config.rule.lines(study, ledger.trials))
 
     def __call__(self, row: dict[str, Any]) -> None:
         objective, trials = self.study.objective, self.ledger.trials
@@ -146,9 +148,13 @@ class ShownTrials:
         share = "" if row["share"] == 1.0 else f" at {100 * row['share']:.3g} %"
         seconds = row["cost"].get("seconds")
         took = f", {seconds:.1f} s" if seconds is not None else ""
-        what = label(row["settings"], self.dimensions) or "the recipe as it is"
+        what = label(row["settings"], self.dimensions)
         what += f"  ({row['why']})" if row["why"] else ""
         self.progress.print(f"trial {row['number']}{share}, seed {row['seed']}: {found}{took}  {what}")
+        lines = self.study.config.rule.lines(self.study, trials)
+        for line in lines[self.said :]:
+            self.progress.print(f"decided: {line}")
+        self.said = len(lines)
         done = [objective.loss(t) for t in trials if t.status == "done" and t.ask.share == 1.0]
         figures = {"best": f"{min(done):.4f}"} if done and math.isfinite(min(done)) else {}
         self.progress.update(sum(1 for _ in self.ledger.ended()), **figures)
@@ -201,7 +207,7 @@ class Report:
     def _add(self, row: dict[str, Any]) -> None:
         folder = self.out.path / row["run"]
         config = self.study.train_config(row["settings"], row["seed"], str(folder))
-        name = label(row["settings"], self.dimensions) or "recipe"
+        name = label(row["settings"], self.dimensions)
         self.children.add(
             folder,
             name=f"{name} s{row['seed']}",
@@ -275,8 +281,10 @@ def summary(out: Run, study: Study, ledger: Ledger, reason: str) -> None:
     for place, row in enumerate(leaderboard(study, ledger)[:5], 1):
         spread = f" +- {row['standard_error']:.4f}" if row["seeds"] > 1 else " (one seed)"
         trial = ledger.trials[int(row["trials"].split()[0])]
-        said = label(trial.ask.settings, dimensions) or "the recipe as it is"
+        said = label(trial.ask.settings, dimensions)
         print(f"  {place}. {objective.metric} {row[objective.metric]:.4f}{spread}  {said}")
+    for line in study.config.rule.lines(study, ledger.trials):
+        print(f"  {line}")
     winner = out.path / "winner"
     if winner.is_file():
         folder = shlex.quote(shown(out.path / winner.read_text().strip()))
@@ -286,14 +294,15 @@ def summary(out: Run, study: Study, ledger: Ledger, reason: str) -> None:
 
 
 def drawn(study: Study, count: int) -> list[dict[str, Any]]:
-    """All settings of a finite space, else `count` that the space gives at random."""
+    """All settings of a finite space, the first round of a greedy search, or `count` drawn at random."""
     import random
 
-    try:
+    if isinstance(study.config.rule, Greedy):
+        return study.config.rule.opening(study)
+    if finite(study):
         return study.space.points()
-    except InputError:
-        rng = random.Random(study.seed)
-        return [study.space.sample(rng) for _ in range(count)]
+    rng = random.Random(study.seed)
+    return [study.space.sample(rng) for _ in range(count)]
 
 
 def dry_run(study: Study) -> int:
@@ -305,7 +314,9 @@ def dry_run(study: Study) -> int:
 
     settings = drawn(study, DRAWN)
     dimensions = study.space.dimensions()
-    print(f"{describe(study)}: {len(settings)} settings{'' if finite(study) else ' drawn, as the space is not finite'}")
+    how = "" if finite(study) else " drawn, as the space is not finite"
+    how = " in the first round" if isinstance(study.config.rule, Greedy) else how
+    print(f"{describe(study)}: {len(settings)} settings{how}")
     table = Table("id", "parameters", "tokens", "time", "memory", "settings")
     kept = [one for one in settings if study.refuses(one) is None]
     configs = [study.train_config(one, study.seeds[0]) for one in kept]
@@ -317,7 +328,7 @@ def dry_run(study: Study) -> int:
             f"{guess.tokens:,}",
             "?" if guess.seconds is None else duration(guess.seconds),
             "?" if guess.memory_gb is None else f"{1024 * guess.memory_gb:,.0f} MiB",
-            label(one, dimensions) or "the recipe as it is",
+            label(one, dimensions),
         )
     print_table(table)
     for one in settings:
@@ -329,11 +340,7 @@ def dry_run(study: Study) -> int:
 
 
 def finite(study: Study) -> bool:
-    try:
-        study.space.points()
-    except InputError:
-        return False
-    return True
+    return study.space.at_most is not None
 
 
 def estimate(config: SearchConfig) -> Any:

@@ -144,3 +144,7 @@ class Rule(Part):
     def records(self, problem: Problem, trials: Sequence[Trial]) -> Any:
         """Plain data for OUT/results.yaml, written anew after every trial: rounds, decisions. None: there are none."""
         return None
+
+    def lines(self, problem: Problem, trials: Sequence[Trial]) -> list[str]:
+        """The decisions so far in words, each with its uncertainty; only ever added to."""
+        return []
