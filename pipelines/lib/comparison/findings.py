@@ -459,10 +459,8 @@ def setting_notes(ranked: Sequence[Ranked], pairs: Sequence[Pair]) -> list[Note]
         )
         text = f"Variants differ in more than one setting, so a difference cannot be put down to one: {said}."
         return [Note("care", text)]
-    text = (
-        f"{len(several)} of {len(pairs)} pairs differ in more than one setting (marked +): none of them alone can be "
-    )
-    return [Note("care", text + "held responsible for their difference.")]
+    text = f"{len(several)} of {len(pairs)} pairs differ in more than one setting (marked +), "
+    return [Note("care", text + "so their difference cannot be put down to one of them.")]
 
 
 def seed_notes(ranked: Sequence[Ranked]) -> list[Note]:

@@ -42,6 +42,8 @@ def cost(name: str, value: float | None) -> str:
     """A cost with its unit."""
     if value is None or not math.isfinite(value):
         return MISSING
+    if name in ("memory_gb", "disk_gb") and value < 0.1:
+        return f"{digits(value * 1024, 3)} MiB"
     if name in ("memory_gb", "disk_gb", "seconds"):
         return f"{digits(value, 3)} {UNITS[name]}"
     if name in ("parameters", "tokens") and value < 1e6:

@@ -144,7 +144,8 @@ def test_thinning_keeps_means_and_shows_every_gap():
 
 def test_figures_as_people_read_them():
     assert si(87.6e9, "FLOP") == "87.6 GFLOP" and si(0.01284, "s") == "12.8 ms"
-    assert cost("parameters", 106880) == "106,880" and cost("memory_gb", None) == "not known"
+    assert cost("parameters", 106880) == "106,880" and cost("memory_gb", 0.005) == "5.12 MiB"
+    assert cost("memory_gb", 0.5) == "0.500 GiB" and cost("memory_gb", None) == "not known"
     assert figure(3.65054, 0.011) == "3.651" and figure(math.nan) == "no number" and signed(-0.0001, 0.01) == "+0.000"
     assert chance(0.0001) == "< 0.001" and chance(math.nan) == "–"
 
