@@ -32,7 +32,7 @@ GAPS = 1 / 3
 RETURNED_BYTES = 32 * 2**20
 BESIDE_BYTES = 6 * 2**20  # resident beside all tensors: buffers of libraries, log, writer (measured: 4 to 10 MiB)
 DURATIONS = (("min", 60, "s", 1, 3600), ("h", 3600, "min", 60, 86400), ("d", 86400, "h", 3600, math.inf))
-ROW_BYTES = 420  # of a line of metrics.jsonl with the figures of an update (measured: 350 to 460)
+ROW_BYTES = 400  # of a line of metrics.jsonl (measured; 580 with a validation)
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def estimate_many(configs: Sequence[TrainConfig], folders: Sequence[TokenFolder]
     """Estimates of many runs, by probes of at most three of them: the least, middle and most FLOPs per token.
 
     The others' seconds and gaps per FLOP lie between theirs (linear in the logarithm of the FLOPs).
-    folders: open token folders that all of them read (None: each opens its own).
+    configs: with vocabulary and batch known.  folders: open token folders that all of them read (None: their own).
     """
     from pipelines.lib.loop import open_data
     from pipelines.lib.probe import probe
