@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -9,11 +10,14 @@ from dataclasses import replace
 import pytest
 
 from models.spec import ConfigError, build, plain
+from pipelines import search as command
 from pipelines.lib.config import InputError, read_yaml, write_yaml
 from pipelines.lib.search.domains import Interval, Options, Steps
+from pipelines.lib.search.ledger import Ledger
 from pipelines.lib.search.rules import Rule
 from pipelines.lib.search.rules.greedy import Greedy
 from pipelines.lib.search.trials import Done, Objective
+from tests.pipelines.search.small import search_words
 from tests.pipelines.search.worlds import World, failed, one_by_one, search
 
 
@@ -459,12 +463,12 @@ def test_records_are_the_documented_tree():
 def test_records_of_a_search_under_way():
     world, rule = small(), Greedy()
     counts = []
-    for trials in one_by_one(world, rule, 2):
+    for trials in itertools.islice(one_by_one(world, rule, 2), 0, None, 5):
         tree = rule.records(world, trials)
         now = tree["iterations"][-1]
         counts.append((now["iter"], now["completed_experiments"], now["expected_experiments"]))
         assert write_yaml(plain(tree)) and now["completed_experiments"] <= now["expected_experiments"]
-    assert counts[0] == (0, 0, 12) and counts[20][1:] == (10, 12)
+    assert counts[0] == (0, 0, 12) and counts[4] == (0, 10, 12) and counts[-1][0] > 0
 
 
 def test_a_decision_says_how_sure_it_is():
@@ -523,3 +527,29 @@ def test_a_metric_or_cost_that_is_not_measured_is_named():
         world = World(*switches("a"), lambda t: 2.0, objective=objective)
         with pytest.raises(InputError, match=says):
             search(world, rule)
+
+
+# ---- with real runs
+
+
+def test_a_search_over_real_runs(tmp_path):
+    vary = {"optim.lr": [0.003, 0.03]}
+    rule = {"kind": "greedy", "rounds": 1, "confirm": 8}
+    assert command.main(search_words(tmp_path, vary=vary, rule=rule, seeds=2)) == 0
+    results = read_yaml((tmp_path / "out/results.yaml").read_text())
+    assert results["winner"] == {"optim.lr": 0.03} and results["stop_reason"] == "1 step was taken, as rounds=1 asks"
+    assert results["decisions"][-1].startswith("round 1: optim.lr 0.003 -> 0.03: -")
+    trials = Ledger(tmp_path / "out").trials
+    assert len(trials) == sum(i["completed_experiments"] for i in results["iterations"][1:])
+
+
+def test_a_dry_run_shows_the_first_round(tmp_path, capsys):
+    vary = {"optim.lr": {"factor": 4}, "model.d_model": {"increment": 1, "low": 32}, "model.n_layers": {"increment": 1}}
+    words = search_words(
+        tmp_path, vary=vary, rule="greedy", seeds=2, fixed={"steps": 6, "model.norm": ["rmsnorm", "layernorm"]}
+    )
+    assert command.main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "6 settings in the first round" in said and "lr=0.012" in said
+    assert said.count("refused") == 1 and "refused: d_model=33" in said  # the list of norms follows the layers
+    assert not (tmp_path / "out").exists()

@@ -115,6 +115,10 @@ class Greedy(Rule):
             why = f": {candidates[0][2]}" if candidates else ""
             raise InputError(f"rule greedy: there is no step from the baseline{why}")
 
+    def opening(self, problem: Problem) -> list[dict[str, Any]]:
+        """The settings of the first round, those that cannot be too; the baseline's first."""
+        return [{}, *(dict(move.settings) for move, _, _ in self._candidates(problem, {})[1])]
+
     def winner(self, problem: Problem, trials: Sequence[Trial]) -> Mapping[str, Any] | None:
         """The present baseline, once it is measured."""
         story = self._story(problem, trials)
@@ -256,7 +260,7 @@ class Story:
             if now.chosen is not None:
                 self.settings, taken = now.chosen.move.settings, taken + 1
                 if taken == rule.rounds:
-                    self.stop = f"{taken} steps were taken, as many as rounds={rule.rounds} allows"
+                    self.stop = f"{taken} {'step was' if taken == 1 else 'steps were'} taken, as rounds={taken} asks"
             elif rule.grow_length is not None and growths < rule.growths:
                 key = _length(self.problem)
                 old = value_at(self.problem.tree(self.settings), key)
