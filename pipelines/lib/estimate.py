@@ -126,8 +126,7 @@ def estimate(
     """
     from pipelines.lib.counting import count
 
-    kind = device_kind(config)
-    counted, size = count(config, kind), length(config, folders)
+    counted, size = count(config), length(config, folders)
     steps, seconds = size.steps, None
     if pace is not None:
         steps, seconds = _time(config, size, pace)
@@ -268,7 +267,7 @@ def estimate_many(configs: Sequence[TrainConfig], folders: Sequence[TokenFolder]
 def _work(config: TrainConfig) -> float:
     from pipelines.lib.counting import count
 
-    return 6 * count(config, device_kind(config)).macs_per_token
+    return 6 * count(config).macs_per_token
 
 
 def _between(probes: Mapping[float, Probe], flops: float) -> tuple[Pace, float, tuple[str, ...]]:
@@ -307,7 +306,7 @@ class Foretold:
         try:
             from pipelines.lib.counting import count
 
-            count(config, device_kind(config))
+            count(config)
         except Exception as error:  # a part of somebody's own that needs real data costs the estimate, not the run
             say(f"no estimate: {type(error).__name__}: {error}")
             self.done = True

@@ -64,7 +64,7 @@ def probe(config: TrainConfig, folders: Sequence[TokenFolder] | None = None, sec
             memory = trainer.cost.memory.gb() * GIB
         finally:
             torch.set_num_threads(before)
-    counted = count(small, world.device.type)
+    counted = count(small)
     beside = BESIDE_BYTES if world.device.type == "cpu" else 0
     alive = counted.peak(micros > 1)
     gaps = max(0.0, (memory - beside - alive) / gappy(counted, alive))
