@@ -114,7 +114,7 @@ def cost_of(run: RunRecord) -> tuple[Row, ...]:
             continue
         source = "metrics.jsonl and config" if key in run.derived else "cost.json" if key in run.cost else ""
         said = how.get(key)
-        text = ", ".join(map(str, said)) if isinstance(said, list) else str(said or "")
+        text = ", ".join(map(str, said)) or "no meter to be read" if isinstance(said, list) else str(said or "")
         rows.append(Row(name, (words.cost(key, run.cost.get(key)), "; ".join(w for w in (source, text) if w))))
     return tuple(rows)
 
@@ -330,7 +330,7 @@ def estimate_block(card: Card) -> list[Safe]:
     head = [("", ""), ("estimated", "n"), ("actual", "n"), ("actual / estimated", "n")]
     return [
         table(head, [[row.name, *row.cells] for row in card.estimate]),
-        say("The estimate was written to estimate.json before or early in the run."),
+        say("estimate.json: what the pace of the run's first updates foretold."),
     ]
 
 

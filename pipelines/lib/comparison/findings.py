@@ -10,6 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal
 
 from models.spec import near
@@ -39,6 +40,7 @@ COSTS = {  # cost -> how people call it; the axes of the Pareto fronts
 }
 LOSSES = ("val/bpb", "val/nll")  # what decides where nobody says: the first that every run has
 PAIRS_IN_NOTES = 4
+TESTED = 100  # variants whose every pair is tested: 4,950 comparisons
 At = Literal["last", "best", "common"]
 Verdict = Literal["first", "second", "none", "unknown"]
 
@@ -288,10 +290,13 @@ def flags_of(variant: Variant, values: Mapping[str, float], group: int) -> tuple
 
 
 def compare(ranked: Sequence[Ranked], question: Question, baseline: int | None = None) -> list[Pair]:
-    """Each pair of fully trained variants (or each with the baseline), significance adjusted over all of them."""
+    """Each pair of fully trained variants, or each with the baseline; significance adjusted over all of them.
+
+    Of more than TESTED variants without a baseline: each pair of the first.
+    """
     finite = [i for i, r in enumerate(ranked) if r.group == 0]
     if baseline is None:
-        which = [(i, j) for n, i in enumerate(finite) for j in finite[n + 1 :]]
+        which = list(combinations(finite[:TESTED], 2))
     else:
         which = [(min(i, baseline), max(i, baseline)) for i in finite if i != baseline and baseline in finite]
     raw = [(i, j, *difference_of(ranked[i].values, ranked[j].values, question.level)) for i, j in which]

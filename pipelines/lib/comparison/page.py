@@ -17,6 +17,7 @@ COLOURS = "#4269d0 #e58606 #e4572e #2a9d8f #3ca951 #d95f9f #9457c9 #5aa9e6 #9c6b
 QUIET = "#8a8f98"
 MATRIX = 14  # variants in the matrix of differences; the table of pairs has them all
 BANDS = 3  # variants whose mean stands in its band: more would hide each other
+GREY = 100  # variants beyond those in colour whose curves are drawn at all
 PAIRS = 300  # rows of the table of pairs
 SAMPLES = 6  # variants whose samples stand side by side
 
@@ -206,6 +207,8 @@ def curves_section(found: Findings, plots: dict[str, Any], shown: int) -> Safe:
         f"Thin lines are single runs, thick ones the mean over seeds; the band is its {found.question.level:.0%} "
         f"interval, for the first {BANDS} variants. A click on a name hides it, a double click shows it alone."
     )
+    if len(found.ranked) > shown + GREY:
+        text += f" Of {len(found.ranked)} variants, the first {shown + GREY} are drawn."
     return section("curves", "Curves", say(text), bar, plot("plot-curves"))
 
 
@@ -216,7 +219,7 @@ def axes_of() -> list[dict[str, str]]:
 
 def lines_of(ranked: Sequence[Ranked], key: str, level: float, shown: int) -> list[dict[str, Any]]:
     lines = []
-    for i, r in enumerate(ranked):
+    for i, r in enumerate(ranked[: shown + GREY]):
         mean = mean_curve(r.variant.runs, key, level)
         lines.append(
             {

@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.lib.comparison import sentences, words
 from pipelines.lib.comparison.curves import AXES, Curve, mean_curve, seed_curve, thinned
 from pipelines.lib.comparison.findings import COSTS, Findings
-from pipelines.lib.comparison.page import BANDS, PAIRS, SAMPLES, colour, dimension, last_samples, shortened
+from pipelines.lib.comparison.page import BANDS, GREY, PAIRS, SAMPLES, colour, dimension, last_samples, shortened
 from pipelines.lib.comparison.variants import ABSENT, word
 
 MARKS = {"stop": "**Not comparable.** ", "care": "**Care.** ", "info": ""}
@@ -202,7 +202,10 @@ def draw_finals(figure: Any, found: Findings, shown: int) -> bool:
 
 def draw_curves(figure: Any, found: Findings, shown: int) -> bool:
     key, level = found.question.metric, found.question.level
-    drawn = [(i, r, [thinned(seed_curve(run, key)) for run in r.variant.runs]) for i, r in enumerate(found.ranked)]
+    drawn = [
+        (i, r, [thinned(seed_curve(run, key)) for run in r.variant.runs])
+        for i, r in enumerate(found.ranked[: shown + GREY])
+    ]
     here = [axis for axis in AXES if any(axis in c.x for _, _, curves in drawn for c in curves)]
     if not here:
         return False

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pipelines.lib.comparison import words
-from pipelines.lib.comparison.findings import COSTS, Findings, Pair, Ranked, some
+from pipelines.lib.comparison.findings import COSTS, TESTED, Findings, Pair, Ranked, some
 
 VERDICTS = {"none": "none", "unknown": "no error known"}
 
@@ -92,6 +92,8 @@ def about_differences(found: Findings) -> str:
         if tested
         else "Bare differences: with one seed there is no error and no test."
     )
+    if found.baseline is None and len(found.compared) > TESTED:
+        text += f" Only the first {TESTED} variants are tested against each other."
     if found.alone:
         text += f" {found.alone} would count alone, but not among so many: more seeds tell"
         text += "." if found.baseline is not None else ", or baseline=NAME, which tests one variant against the others."

@@ -175,3 +175,14 @@ def test_ranking_is_the_same_for_metrics_in_any_order(tmp_path):
     one, two = rank(labelled(variants_of(runs)), question), rank(labelled(variants_of(runs[::-1])), question)
     assert [r.variant.key for r in one] == [r.variant.key for r in two]
     assert compare(one, question)[0].p == compare(two, question)[0].p
+
+
+def test_of_very_many_variants_the_first_are_tested(tmp_path, monkeypatch):
+    from pipelines.lib.comparison import findings as module
+    from pipelines.lib.comparison.sentences import about_differences
+
+    monkeypatch.setattr(module, "TESTED", 2)
+    found = findings(make_sweep(tmp_path, {0.001: [2.0, 2.1], 0.002: [2.2, 2.2], 0.003: [2.4, 2.5]}, "optim.lr"))
+    assert [(p.first, p.second) for p in found.pairs] == [(0, 1)]
+    assert len(findings(tmp_path, baseline="lr=0.003").pairs) == 2
+    assert "paired over common seeds" in about_differences(found)
