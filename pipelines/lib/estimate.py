@@ -255,8 +255,10 @@ def estimate_many(configs: Sequence[TrainConfig], folders: Sequence[TokenFolder]
 
     work = [_work(config) for config in configs]
     order = sorted(range(len(configs)), key=lambda i: work[i])
-    places = dict.fromkeys(work[i] for i in (order[0], order[len(order) // 2], order[-1])) if order else {}
-    probes = {at: probe(configs[work.index(at)], data(configs[work.index(at)]), MANY_S) for at in places}
+    some = {work[i]: configs[i] for i in (order[0], order[len(order) // 2], order[-1])} if order else {}
+    for config in list(some.values())[:1]:
+        probe(config, data(config), 0.0)  # thrown away: a process's first run loads what those after it find loaded
+    probes = {at: probe(config, data(config), MANY_S) for at, config in some.items()}
     found = []
     for config, flops in zip(configs, work, strict=True):
         pace, gaps, notes = _between(probes, flops)
