@@ -126,13 +126,22 @@ def estimate_of(run: RunRecord) -> tuple[Row, ...]:
     for key, value in foretold.items():
         if not isinstance(value, int | float):
             continue
-        actual = run.cost.get(key)
+        actual = disk_gb(run.path) if key == "disk_gb" else run.cost.get(key)
         ratio = actual / value if actual is not None and value else math.nan
         said = "–" if not math.isfinite(ratio) else f"{ratio:.2f}"
         if math.isfinite(ratio) and not 1 / CLOSE <= ratio <= CLOSE:
             said += " (far off)"
         rows.append(Row(COST_NAMES[key], (words.cost(key, value), words.cost(key, actual), said)))
     return tuple(rows)
+
+
+def disk_gb(folder: Path) -> float:
+    """What a run has left on the disk, GiB, without what other stages made of it."""
+    made_later = {folder / "card", folder / "evaluation"}
+    files = (
+        p for top in folder.iterdir() if top not in made_later for p in ([top] if top.is_file() else top.rglob("*"))
+    )
+    return sum(p.stat().st_size for p in files if p.is_file()) / 2**30
 
 
 def evaluations_of(run: RunRecord) -> tuple[Row, ...]:

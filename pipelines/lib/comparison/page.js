@@ -126,7 +126,9 @@ function fronts(id, spec) {
       arrayminus: spec.points.map(p => p.low === null ? 0 : p.y - p.low), color: css("--none"), thickness: 1, width: 3 },
     marker: { size: 10, color: spec.points.map(p => p.front ? p.color : css("--card")),
       line: { width: 2, color: spec.points.map(p => p.color) } } });
-  Plotly.react(id, traces, layout({ height: 320, xaxis: { title: { text: text(spec.name) } },
+  const xs = spec.points.map(p => p.x), low = Math.min(...xs), high = Math.max(...xs);
+  const range = high - low > 1e-3 * Math.abs(high) ? undefined : [0.9 * low, 1.1 * high];  // all cost the same
+  Plotly.react(id, traces, layout({ height: 320, xaxis: { title: { text: text(spec.name) }, range },
     yaxis: { title: { text: text(spec.metric) } }, margin: { l: 60, r: 12, t: 10, b: 44 } }), CONFIG);
 }
 
