@@ -55,7 +55,7 @@ class Greedy(Rule):
     cost_floor: relative cost differences below this, or within two standard errors, count as none
     effect: standard errors by which a candidate must be better with the search's seeds to be confirmed
     alpha: chance that a whole search takes any step that is no improvement
-    confirm: fresh pairs of seeds that a confirmation may use (null: four times the search's seeds, at least 12)
+    confirm: fresh pairs of seeds that a confirmation may use (null: four times the search's seeds, at least 15)
     layers_key: the number of layers, whose steps also change the lists with one entry per layer
     duplicate: the layer that is doubled, or dropped on the way down: the middle one, each in turn, or no list follows
     grow_length: added to the recipe's steps, tokens or epochs when no step is proven; the baseline is measured anew
@@ -85,7 +85,7 @@ class Greedy(Rule):
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha={self.alpha} must lie between 0 and 1; 0.05 is usual")
         if self.confirm is not None and self.confirm < 4:
-            raise ValueError(f"confirm={self.confirm} fresh pairs prove nothing; 12 are usual, 4 the least")
+            raise ValueError(f"confirm={self.confirm} fresh pairs prove nothing; 15 are usual, 4 the least")
         if self.grow_length is not None and not self.grow_length > 0:
             raise ValueError(f"grow_length={self.grow_length} must be above 0; null leaves the length as it is")
         object.__setattr__(self, "_known", (None, {}))  # no field: it can be computed again from the problem
@@ -238,7 +238,7 @@ class Story:
         self.asks: list[Ask] = []
         self.running = 0  # trials that it waits for
         self.stop = ""
-        self.confirm = rule.confirm or max(12, 4 * len(problem.seeds))
+        self.confirm = rule.confirm or max(15, 4 * len(problem.seeds))
         self.tests, self.carried = 0, 0.0  # confirmations so far; the level that the last one hands on
         self.spreads: list[float] = []  # of the candidates since the length last grew
 
