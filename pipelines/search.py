@@ -36,7 +36,11 @@ def prepare(config: SearchConfig) -> tuple[SearchConfig, Study]:
     from pipelines.lib.jobs import storage_path
     from pipelines.lib.loop import open_data
 
-    config = dc.replace(config, data=str(storage_path(config.data)), out=str(storage_path(config.out)))
+    also = tuple(str(storage_path(folder)) for folder in config.also)
+    for other in also:
+        if not (Path(other) / "ledger.jsonl").is_file():
+            raise InputError(f"also={other}: no search folder (it holds no ledger.jsonl)")
+    config = dc.replace(config, data=str(storage_path(config.data)), out=str(storage_path(config.out)), also=also)
     folders = open_data([config.data], "auto")
     for folder in folders:
         folder.split("val")
@@ -182,7 +186,7 @@ class Report:
         )
         self.children = Children(self.tracker)
         for row in ledger.ended():  # a driver that was killed may have left some behind
-            if row["run"] and not row.get("mlflow_run"):
+            if row["run"] and row["same_as"] is None and not row.get("mlflow_run"):
                 self._add(row)
 
     def trial(self, row: dict[str, Any]) -> None:
@@ -193,7 +197,7 @@ class Report:
         self._news()
 
     def close(self, status: str) -> None:
-        promoted = [row for row in self.ledger.ended() if row.get("promoted")]
+        promoted = [row for row in self.ledger.ended() if row.get("promoted") and row["same_as"] is None]
         for row in promoted:
             self._add(row)
         self.children.close()

@@ -7,6 +7,7 @@ results that are known already, tries after a crash, and which checkpoints stay.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -55,6 +56,12 @@ class Guide:
         self.known: dict[tuple[str, int, float], int] = {}
         for row in ledger.ended():
             self._remember(row)
+        self.elsewhere = {  # what other searches have found out
+            (row["id"], row["seed"], row["share"]): (Path(folder), row)
+            for folder in self.config.also
+            for row in Ledger(folder).ended()
+            if row["status"] == "done" and row["source"] is None and row["same_as"] is None
+        }
         self.stopping = ""  # why nothing more is handed out
         self.began = time.monotonic()
         self.before_s = ledger.spent_s
@@ -144,20 +151,33 @@ class Guide:
             return None
         config = self.study.train_config(ask.settings, ask.seed)
         ident = self.study.id_of(config)
-        earlier = self.known.get((ident, ask.seed, ask.share)) if ask.source is None else None
-        if earlier is not None:
-            row = self.ledger.rows[earlier]
-            if not ask.keep or self._has(row):
-                self._write_start(number, ask, ident, {"run": row["run"], "same_as": earlier}, 0)
-                result = {k: row[k] for k in ("status", "metrics", "cost", "checkpoint", "error")}
-                self._write_known(number, result)
-                return None
+        if ask.source is None and self._is_known(number, ask, ident):
+            return None
         folder, goes_on = self._place(ask, ident)
         until = self.study.steps(config, ask.share)
         tokens = max(0, until - goes_on) * config.batch_tokens
         more = {"run": folder, "until": until, "steps": self.study.steps(config)}
         self._write_start(number, ask, ident, more, tokens)
         return self._work(number)
+
+    def _is_known(self, number: int, ask: Ask, ident: str) -> bool:
+        """Write down what an equal trial of this search or of another one gave, if there is one that will do."""
+        key = (ident, ask.seed, ask.share)
+        if (earlier := self.known.get(key)) is not None:
+            row, same_as, at = self.ledger.rows[earlier], str(earlier), Path()
+        elif key in self.elsewhere:
+            folder, row = self.elsewhere[key]
+            same_as, at = str(folder), Path(os.path.relpath(folder, self.out))
+        else:
+            return False
+        checkpoint = str(at / row["checkpoint"]) if row["checkpoint"] else None
+        if ask.keep and not (checkpoint and (self.out / checkpoint).is_dir()):
+            return False
+        more = {"run": str(at / row["run"]), "until": row["until"], "steps": row["steps"], "same_as": same_as}
+        self._write_start(number, ask, ident, more, 0)
+        result = {k: row[k] for k in ("status", "metrics", "cost", "error")}
+        self._write_known(number, {**result, "checkpoint": checkpoint})
+        return True
 
     def _place(self, ask: Ask, ident: str) -> tuple[str, int]:
         """The run folder of a piece, and the update that it goes on from."""
@@ -253,6 +273,8 @@ class Guide:
         for row in self.ledger.rows.values():
             if row["status"] in ("running", "refused") or not self._has(row) or row["checkpoint"] in stay:
                 continue
+            if row["checkpoint"].startswith(".."):
+                continue  # another search's
             later = any(
                 r["run"] == row["run"] and r["until"] > row["until"] and r["status"] != "running"
                 for r in self.ledger.rows.values()
@@ -275,7 +297,9 @@ class Guide:
             return None  # a running trial may still fail and be tried again
         row = self.winner_row()
         if row is not None and not self._has(row) and row["attempt"] <= self.config.retries + 1:
-            number = row["number"] if row["same_as"] is None else row["same_as"]
+            number = row["number"]
+            if row["same_as"] is not None:  # the trial that it was taken from may be another search's: train it here
+                row |= {"run": f"trials/{row['id']}-s{row['seed']}", "same_as": None}
             self.say(f"trial {number} is the winner and left no checkpoint; it is trained again for one")
             self.ledger.rows[number]["keep"] = True
             return self._start(self.ledger.trials[number])

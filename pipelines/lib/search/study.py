@@ -49,6 +49,7 @@ class SearchConfig:
     cpus_per_worker: CPUs that a trial, or each of its workers, takes
     gpus_per_worker: GPUs that a trial, or each of its workers, takes
     retries: how often a trial that crashed or lost its worker is tried again
+    also: folders of other searches, whose results count where settings, data and seed are the same
     keep: how many of the best trials keep their last checkpoint; the first is what sample and serve open
     samples: whether trials continue the recipe's sample prompts at each validation
     dry_run: print the trials with parameters, time and memory, and start nothing
@@ -59,7 +60,7 @@ class SearchConfig:
 
     RECIPES: ClassVar[Path] = SPACES
     HOW: ClassVar[frozenset[str]] = frozenset(
-        "out data trials tokens seconds parallel workers cpus_per_worker gpus_per_worker retries keep samples dry_run "
+        "out data trials tokens seconds parallel workers cpus_per_worker gpus_per_worker retries also keep samples dry_run "
         "track experiment name".split()
     )
 
@@ -81,6 +82,7 @@ class SearchConfig:
     cpus_per_worker: float = 1
     gpus_per_worker: float | None = None
     retries: int = 2
+    also: tuple[str, ...] = ()
     keep: int = 1
     samples: bool = False
     dry_run: bool = False

@@ -124,7 +124,7 @@ def test_a_dry_run_prints_the_trials_and_starts_nothing(tmp_path, capsys):
     assert search.main([*words, "dry_run=true"]) == 0
     said = capsys.readouterr().out
     assert "refused" in said and "d_model=33" in said
-    assert said.count("parameters") >= 2
+    assert "d_model=48" in said and "of work, one trial at a time" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -297,6 +297,8 @@ def test_a_crash_is_tried_again_and_then_given_up(tmp_path, monkeypatch, capsys)
         ({}, ["parallel=-1"], "parallel=-1 is negative"),
         ({}, ["seeds=0"], "seeds=0 must be at least 1"),
         ({}, ["data=nowhere"], "no such folder"),
+        ({}, ["also=nowhere"], "no search folder"),
+        ({"rule": "random"}, [], "draws without end"),
         ({"objective": {"metric": "val/bbp"}}, [], "did you mean 'val/bpb'"),
         ({"objective": {"metric": "val/bpb"}}, [], "try objective.metric=val/nll"),
         ({"recipe": "no_such"}, [], "no recipe 'no_such'"),
@@ -347,6 +349,32 @@ def test_equal_settings_have_equal_ids_however_they_are_written(tmp_path):
     config = study.train_config({}, 7)
     assert study.id_of(config) == short  # the seed is not part of it
     assert build(TrainConfig, plain(config)) == config
+
+
+def test_what_another_search_found_is_not_trained_again(tmp_path, swept, monkeypatch):
+    before = sorted(str(p) for p in (swept / "out").rglob("*"))
+    trained = []
+    from pipelines.lib.search.worker import perform
+
+    def counted(job):
+        trained.append(job["config"]["optim"]["lr"])
+        return perform(job)
+
+    monkeypatch.setattr("pipelines.lib.search.guide.perform", counted)
+    vary = {"model.norm": ["rmsnorm", "layernorm"], "optim.lr": [0.001, 0.01, 0.0001]}
+    words = search_words(tmp_path, vary=vary)
+    words[1] = f"data={swept / 'data'}"
+    assert search.main([*words, f"also={swept / 'out'}"]) == 0
+    ledger = Ledger(tmp_path / "out")
+    taken = [row for row in ledger.rows.values() if row["same_as"]]
+    assert len(ledger.trials) == 6 and len(taken) == 4
+    expected = {(t[1], t[3]): t[5] for t in told(swept / "out")}
+    assert all(row["metrics"]["val/nll"] == expected[row["id"], 0]["val/nll"] for row in taken)
+    assert trained.count(0.0001) == 2
+    # The other search's winner had seed 1; this one's was trained here once more, for a checkpoint of its own.
+    assert len(trained) <= 3
+    assert (tmp_path / "out" / (tmp_path / "out/winner").read_text().strip() / "checkpoints").is_dir()
+    assert sorted(str(p) for p in (swept / "out").rglob("*")) == before
 
 
 # ---- on Ray Tune
