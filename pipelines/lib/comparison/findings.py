@@ -475,9 +475,21 @@ def seed_notes(ranked: Sequence[Ranked]) -> list[Note]:
         notes.append(Note("care", f"One seed only, so without uncertainty and untested: {some(single)}."))
     sets = sides([r for r in ranked if r.group == 0], lambda r: tuple(sorted(r.values, key=natural)))
     if len(sets) > 1:
-        said = "; ".join(f"{some(letters)}: {', '.join(s)}" for s, letters in sets.items())
+        said = "; ".join(f"{some(letters)}: {spans(s)}" for s, letters in sets.items())
         notes.append(Note("info", f"The variants have other seeds ({said}); pairs are made of common ones."))
     return notes
+
+
+def spans(seeds: Sequence[str]) -> str:
+    """Seeds in their order, three or more in a row by their ends: `0 to 2, 18`."""
+    rows: list[list[str]] = []
+    for seed in seeds:
+        follows = rows and seed.isdigit() and rows[-1][-1].isdigit() and int(seed) == int(rows[-1][-1]) + 1
+        if follows:
+            rows[-1].append(seed)
+        else:
+            rows.append([seed])
+    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(row) for row in rows)
 
 
 def machine_notes(runs: Sequence[RunRecord]) -> list[Note]:

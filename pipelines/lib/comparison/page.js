@@ -105,7 +105,7 @@ function search(id, spec) {
     type: "scatter", marker: { size: 6, color }, hovertemplate: "%{y:.5f}<extra>trial %{x}</extra>" });
   const traces = [marks(dots(true), "trained to the end", css("--accent"))];
   if (dots(false).length) traces.push(marks(dots(false), "a shorter piece", fade(QUIET, 0.6)));
-  if (spec.best.x.length > 1) traces.push({ x: spec.best.x, y: spec.best.y, name: "best so far", mode: "lines",
+  if (spec.best.x.length > 1) traces.push({ x: spec.best.x, y: spec.best.y, name: "best trial so far", mode: "lines",
     type: "scatter", line: { shape: "hv", color: css("--ink"), width: 1.6 }, hoverinfo: "skip" });
   Plotly.react(id, traces, layout({ height: 320, xaxis: { title: { text: "trial" } },
     yaxis: { title: { text: text(spec.metric) } }, legend: { orientation: "h", y: -0.25 } }), CONFIG);

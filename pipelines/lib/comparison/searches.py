@@ -36,7 +36,7 @@ class SearchStory:
 
     def sentence(self) -> str:
         counts = ", ".join(f"{n} {status}" for status, n in self.trials.items())
-        end = f"ended: {self.done}" if self.done else "not ended"
+        end = f"ended: {self.done}" if self.done else "has not ended"
         return f"{self.path.name}: {self.rule}, {sum(self.trials.values())} trials ({counts}), {end}."
 
     def best_so_far(self) -> list[tuple[int, float]]:

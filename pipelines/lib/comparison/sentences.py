@@ -12,7 +12,7 @@ VERDICTS = {"none": "none", "unknown": "no error known"}
 
 
 def in_short(found: Findings) -> list[str]:
-    """What the page shows, in a few lines; strongest caveat first."""
+    """What the page shows, in a few lines; what forbids a conclusion stands before it."""
     out = [story.sentence() for story in found.searches]
     if any(note.kind == "stop" for note in found.notes):
         out.append("These runs are not comparable as they stand; the red notes say why.")

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from pipelines.lib.comparison.collect import collect
-from pipelines.lib.comparison.findings import Question, analyse, compare, question_of, rank
+from pipelines.lib.comparison.findings import Question, analyse, compare, question_of, rank, spans
 from pipelines.lib.comparison.variants import labelled, variants_of
 from pipelines.lib.config import InputError
 from tests.pipelines.comparison.folders import make_run, make_search, make_sweep
@@ -150,6 +150,10 @@ def test_two_settings_at_once_are_said_and_one_is_not(tmp_path):
 def test_unknown_data_is_said(tmp_path):
     make_run(tmp_path / "a", 2.0, data=None)
     assert any("Nothing tells what data" in n.text for n in findings(tmp_path).notes)
+
+
+def test_seeds_in_a_row_are_said_by_their_ends():
+    assert spans(["0", "1", "2", "18", "19", "21 (init 3)"]) == "0 to 2, 18, 19, 21 (init 3)"
 
 
 def test_a_baseline_is_compared_with_each_other_variant_only(tmp_path):
