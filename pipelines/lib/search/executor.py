@@ -1,14 +1,21 @@
 """Ray Tune does the work of a search.
 
-Each piece that the guide hands out is one Tune trial. Tune gives it resources and an actor (the same ones again, with
-their token folders open) and says when it has ended or died. It decides nothing: its own record of an experiment may
-be lost with the driver, and a search goes on from the ledger.
+A Tune trial is a lane: an actor with its share of the cluster that stays for the whole search, token folders open, and
+trains one piece after another. Tune gives lanes their resources and says when one has died; then another takes its
+place. Which piece a lane gets is the guide's to say, as soon as the lane is free, in the driver's main thread. Tune's
+own record of the experiment may be lost with the driver: a search goes on from its ledger.
+
+(One Tune trial per piece, with reused actors, was tried: Tune drops all but one actor when pieces end together, and a
+new one, slower to start than a short piece to end, never gets to work.)
 """
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import json
 import os
+import queue
 import shutil
 import threading
 import time
@@ -24,47 +31,62 @@ from pipelines.lib.search.guide import Guide
 from pipelines.lib.search.trials import Done
 from pipelines.lib.search.worker import perform
 
+LOOK_S = 0.1  # between two looks at whether the search should stop
 
-class Piece(tune.Trainable):
-    """The actor: one step is one piece."""
+
+class Desk:
+    """An actor where jobs wait for their lanes."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, asyncio.Queue] = collections.defaultdict(asyncio.Queue)
+
+    async def put(self, lane: str, job: dict[str, Any] | None) -> None:
+        await self.jobs[lane].put(job)
+
+    async def take(self, lane: str) -> dict[str, Any] | None:
+        return await self.jobs[lane].get()
+
+
+class Lane(tune.Trainable):
+    """One step is one piece; no job means that the search has ended."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.job = config["job"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.job = new_config["job"]
-        return True
+        self.lane, self.desk = config["lane"], config["desk"]
 
     def step(self) -> dict[str, Any]:
-        return {"outcome": json.dumps(perform(self.job)), "done": True}  # as text: Tune flattens trees
+        job = ray.get(self.desk.take.remote(self.lane))
+        if job is None:
+            return {"outcome": "", "done": True}
+        return {"outcome": json.dumps(perform(job)), "done": False}  # as text: Tune flattens trees
 
 
-class Follow(Searcher):
-    """Tune asks here what to run; the answers are the guide's. Both run in Tune's one thread."""
+class Lanes(Searcher):
+    """What Tune asks for trials and tells of them, in its own thread; events: what the main thread should know."""
 
-    def __init__(self, guide: Guide | None = None) -> None:
-        super().__init__(metric="done", mode="max")
-        self.guide, self.numbers, self.reason = guide, dict[str, int](), "stopped"
+    def __init__(self, desk: Any = None, events: queue.SimpleQueue | None = None) -> None:
+        super().__init__(metric="outcome", mode="max")
+        self.desk, self.events, self.ending = desk, events, False
 
     def __reduce__(self) -> Any:
         """Tune pickles its searcher into its record of the experiment, which nothing reads."""
-        return Follow, ()
+        return Lanes, ()
 
     def suggest(self, trial_id: str) -> Any:
-        assert self.guide is not None
-        found = self.guide.next()
-        if isinstance(found, Done):
-            self.reason = found.reason
+        if self.ending:
             return Searcher.FINISHED
-        if found is not None:
-            self.numbers[trial_id] = found.number
-        return None if found is None else {"job": found.job}
+        self.tell(trial_id, "free", "")
+        return {"lane": trial_id, "desk": self.desk}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if result["outcome"]:
+            self.tell(trial_id, "ended", result["outcome"])
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        assert self.guide is not None
-        if (number := self.numbers.pop(trial_id, None)) is not None:
-            text = (result or {}).get("outcome") if not error else None
-            self.guide.end(number, json.loads(text) if text else None, "" if text else "its process died")
+        self.tell(trial_id, "gone", "")
+
+    def tell(self, lane: str, what: str, text: str) -> None:
+        assert self.events is not None
+        self.events.put((lane, what, text))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger has it."""
@@ -84,24 +106,23 @@ def on_tune(guide: Guide, stop: Callable[[], bool]) -> str:
     if gpus is None:
         gpus = 1.0 if cluster.get("GPU", 0) else 0.0
     slots = slots_of(config.parallel, config.workers, config.cpus_per_worker, gpus, cluster)
-    # Ray Train's workers take their resources themselves; the trial that drives them takes next to none.
+    # Ray Train's workers take their resources themselves; the lane that drives them takes next to none.
     own = {"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     share: dict[str, float] = {"memory": float(2**20)} if config.workers else own
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-    follow = Follow(guide)
     attempt = guide.out / ".ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     attempt.mkdir(parents=True)
     for old in sorted(attempt.parent.iterdir())[:-3]:
         shutil.rmtree(old, ignore_errors=True)
+    desk: Any = ray.remote(num_cpus=0)(Desk).remote()
+    lanes = Lanes(desk, queue.SimpleQueue())
     tuner = tune.Tuner(
-        tune.with_resources(Piece, tune.PlacementGroupFactory([share])),
+        tune.with_resources(Lane, tune.PlacementGroupFactory([share])),
         tune_config=tune.TuneConfig(
             num_samples=-1,
-            search_alg=follow,
+            search_alg=lanes,
             max_concurrent_trials=slots,
-            reuse_actors=True,
-            trial_name_creator=lambda trial: f"piece_{trial.trial_id}",
-            trial_dirname_creator=lambda trial: f"piece_{trial.trial_id}",
+            trial_name_creator=lambda trial: f"lane_{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"lane_{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name="attempt",
@@ -122,14 +143,48 @@ def on_tune(guide: Guide, stop: Callable[[], bool]) -> str:
     # In a thread of its own, so that Tune leaves SIGINT and SIGTERM to us: pieces that run save first.
     thread = threading.Thread(target=fit, name="tune", daemon=True)
     thread.start()
+    try:
+        return hand_out(guide, lanes, thread, stop)
+    finally:
+        lanes.ending = True
+        thread.join()
+        ray.kill(desk)
+        if caught:
+            raise caught[0]
+
+
+def hand_out(guide: Guide, lanes: Lanes, thread: threading.Thread, stop: Callable[[], bool]) -> str:
+    """Give every free lane a piece and take what comes back, until the search ends. Returns why it did."""
+    assert lanes.events is not None
+    free: list[str] = []
+    busy: dict[str, int] = {}  # lane -> number of its trial
+    reason = ""
     while thread.is_alive():
-        thread.join(0.1)
+        try:
+            lane, what, text = lanes.events.get(timeout=LOOK_S)
+        except queue.Empty:
+            lane, what, text = "", "", ""
+        if lane in busy and what != "free":
+            guide.end(busy.pop(lane), json.loads(text) if text else None, "" if text else "its process died")
+        if what in ("free", "ended"):
+            free.append(lane)
+        elif lane in free:
+            free.remove(lane)
         if stop():
             guide.stopping = guide.stopping or "stopped"
             ask_to_stop(guide)
-    if caught:
-        raise caught[0]
-    return follow.reason
+        while free and not reason:
+            found = guide.next()
+            if found is None:
+                break
+            if isinstance(found, Done):
+                reason, lanes.ending = found.reason, True
+                break
+            busy[free[0]] = found.number
+            lanes.desk.put.remote(free.pop(0), found.job)
+        while reason and free:
+            lanes.desk.put.remote(free.pop(0), None)
+    return reason or "Ray Tune ended early"
 
 
 def ask_to_stop(guide: Guide) -> None:

@@ -60,8 +60,8 @@ class SearchConfig:
 
     RECIPES: ClassVar[Path] = SPACES
     HOW: ClassVar[frozenset[str]] = frozenset(
-        "out data trials tokens seconds parallel workers cpus_per_worker gpus_per_worker retries also keep samples dry_run "
-        "track experiment name".split()
+        "out data trials tokens seconds parallel workers cpus_per_worker gpus_per_worker retries also keep samples "
+        "dry_run track experiment name".split()
     )
 
     data: str

@@ -391,7 +391,8 @@ def test_trials_run_on_tune_and_a_killed_worker_is_replaced(tmp_path, ray_sessio
         while time.monotonic() < deadline and not marker.exists():
             for process in psutil.Process().children(recursive=True):
                 try:
-                    if "Piece" in " ".join(process.cmdline()) and list((tmp_path / "out/trials").glob("*/.driver")):
+                    begun = list((tmp_path / "out/trials").glob("*/.driver"))
+                    if begun and "ResourceTrainable" in " ".join(process.cmdline()):
                         process.kill()
                         marker.touch()
                         return
