@@ -138,6 +138,10 @@ def run(config: TrainConfig) -> int:
             tags={"parameters": config.model.n_parameters(), **config.tags},
             datasets=datasets,
         )
+        if config.init_from is not None and Path(config.init_from).name.startswith("step_"):
+            source = Path(config.init_from)
+            if (source.parent.parent / "tracking.jsonl").is_file():
+                tracker.uses_model(source.parent.parent, int(source.name.removeprefix("step_")))
         status = "FAILED"
         try:
             tracker.mirror(the_run.metrics)

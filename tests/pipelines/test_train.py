@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -59,8 +60,6 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen:
 
 
 def mlflow_history(run: Run, name: str) -> list[int]:
-    import json
-
     from mlflow import MlflowClient
 
     found = json.loads((run.path / "mlflow.json").read_text())
@@ -243,3 +242,14 @@ def test_a_run_starts_from_another_ones_weights_and_from_a_public_layout(data, t
     small = [w for w in words(data, third, "steps=2", "num_workers=0", "track=none") if not w.startswith("model.")]
     assert main([*small, f"init_from={tmp_path / 'llama'}"]) == 0
     assert "kind: swiglu" in (third / "config.yaml").read_text()
+
+
+def test_a_run_that_starts_from_another_shows_its_model_as_input(data, tmp_path):
+    from mlflow import MlflowClient
+
+    assert main(words(data, tmp_path / "a", "num_workers=0", "steps=4", "eval_every=4", "track=mlflow")) == 0
+    more = ["num_workers=0", "steps=4", "track=mlflow", f"init_from={tmp_path / 'a'}"]
+    assert main(words(data, tmp_path / "b", *more)) == 0
+    first, second = (json.loads((tmp_path / name / "mlflow.json").read_text()) for name in "ab")
+    run = MlflowClient(first["tracking_uri"]).get_run(second["run_id"])
+    assert [m.model_id for m in run.inputs.model_inputs] == [first["models"]["4"]]
