@@ -28,6 +28,7 @@ from pipelines.lib.search.space import label
 from pipelines.lib.search.study import SearchConfig, Study
 from pipelines.train import shown
 
+STOPPED = "stopped on request"
 DRAWN = 12  # settings of an endless space that a dry run and an estimate look at
 
 
@@ -105,8 +106,8 @@ def carry_out(out: Run, study: Study, ledger: Ledger) -> int:
 
         guide.ended = ended
 
-        def stop() -> bool:
-            return out.stop_request.exists() or bool(guide.stopping and guide.stopping.endswith("seconds is used up"))
+        def stop() -> str:
+            return STOPPED if out.stop_request.exists() else guide.out_of_time()
 
         try:
             if (nothing := guide.nothing_left()) is not None:
@@ -121,8 +122,7 @@ def carry_out(out: Run, study: Study, ledger: Ledger) -> int:
         except BaseException:
             report.close("FAILED")
             raise
-        asked = out.stop_request.exists()
-    if asked or guide.stopping == "stopped":
+    if guide.stopping == STOPPED:
         report.close("KILLED")
         where = shlex.quote(shown(out.path))
         print(f"stopped after {len(ledger.trials)} trials; resume with: python -m pipelines.search {where}/config.yaml")

@@ -27,11 +27,9 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from pipelines.lib.config import InputError
-from pipelines.lib.search.guide import Guide
+from pipelines.lib.search.guide import LOOK_S, Guide
 from pipelines.lib.search.trials import Done
 from pipelines.lib.search.worker import perform
-
-LOOK_S = 0.1  # between two looks at whether the search should stop
 
 
 class Desk:
@@ -95,10 +93,10 @@ class Lanes(Searcher):
         raise NotImplementedError("a search goes on from its ledger")
 
 
-def on_tune(guide: Guide, stop: Callable[[], bool]) -> str:
+def on_tune(guide: Guide, stop: Callable[[], str]) -> str:
     """The pieces on Ray Tune, as many at once as fit or are asked for. Returns why the search ended. Ray must run.
 
-    stop: asked several times a second; True lets running pieces save and end, and starts no others.
+    stop: as in guide.in_process.
     """
     config = guide.config
     cluster = ray.cluster_resources()
@@ -153,7 +151,7 @@ def on_tune(guide: Guide, stop: Callable[[], bool]) -> str:
             raise caught[0]
 
 
-def hand_out(guide: Guide, lanes: Lanes, thread: threading.Thread, stop: Callable[[], bool]) -> str:
+def hand_out(guide: Guide, lanes: Lanes, thread: threading.Thread, stop: Callable[[], str]) -> str:
     """Give every free lane a piece and take what comes back, until the search ends. Returns why it did."""
     assert lanes.events is not None
     free: list[str] = []
@@ -170,9 +168,8 @@ def hand_out(guide: Guide, lanes: Lanes, thread: threading.Thread, stop: Callabl
             free.append(lane)
         elif lane in free:
             free.remove(lane)
-        if stop():
-            guide.stopping = guide.stopping or "stopped"
-            ask_to_stop(guide)
+        if why := stop():
+            guide.stop(why)
         while free and not reason:
             found = guide.next()
             if found is None:
@@ -185,14 +182,6 @@ def hand_out(guide: Guide, lanes: Lanes, thread: threading.Thread, stop: Callabl
         while reason and free:
             lanes.desk.put.remote(free.pop(0), None)
     return reason or "Ray Tune ended early"
-
-
-def ask_to_stop(guide: Guide) -> None:
-    """Let the pieces that run save at their next update and end."""
-    for number in list(guide.active):
-        folder = guide.out / guide.ledger.rows[number]["run"]
-        if folder.is_dir():
-            (folder / ".stop").touch()
 
 
 def slots_of(asked: int | None, workers: int, cpus: float, gpus: float, cluster: dict[str, float]) -> int:

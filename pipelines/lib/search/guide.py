@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from pipelines.lib.search.study import Study
 from pipelines.lib.search.trials import Ask, Done, Trial
 from pipelines.lib.search.worker import perform
 
+LOOK_S = 0.1  # between two looks at whether a search should stop
 RESULTS, WINNER = "results.yaml", "winner"
 
 
@@ -129,9 +131,20 @@ class Guide:
             return f"the budget of {config.trials} trials is used up"
         if config.tokens is not None and self.tokens() >= config.tokens and not self.again:
             return f"the budget of {config.tokens:,} tokens is used up"
-        if config.seconds is not None and self.elapsed_s() >= config.seconds:
-            return f"the budget of {config.seconds:g} seconds is used up"
-        return ""
+        return self.out_of_time()
+
+    def out_of_time(self) -> str:
+        """As over_budget, of the time alone."""
+        limit = self.config.seconds
+        return f"the budget of {limit:g} seconds is used up" if limit and self.elapsed_s() >= limit else ""
+
+    def stop(self, why: str) -> None:
+        """Hand out nothing more, and let the pieces that run save at their next update and end."""
+        self.stopping = self.stopping or why
+        for number in list(self.active):
+            folder = self.out / self.ledger.rows[number]["run"]
+            if folder.is_dir():
+                (folder / ".stop").touch()
 
     def elapsed_s(self) -> float:
         return self.before_s + time.monotonic() - self.began
@@ -322,13 +335,29 @@ class Guide:
             write_atomic(self.out / RESULTS, write_yaml(plain(records)))
 
 
-def in_process(guide: Guide, stop: Callable[[], bool]) -> str:
-    """One piece after another here, without Ray, for notebooks, tests and debuggers. Returns why the search ended."""
-    while True:
-        if stop():
-            guide.stopping = guide.stopping or "stopped"
-        found = guide.next()
-        if isinstance(found, Done):
-            return found.reason
-        assert found is not None
-        guide.end(found.number, perform(found.job))
+def in_process(guide: Guide, stop: Callable[[], str]) -> str:
+    """One piece after another here, without Ray, for notebooks, tests and debuggers. Returns why the search ended.
+
+    stop: why the search should stop now, empty while it should not; asked several times a second.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK_S):
+            if why := stop():
+                guide.stop(why)
+
+    thread = threading.Thread(target=watch, name="stop", daemon=True)
+    thread.start()
+    try:
+        while True:
+            if why := stop():
+                guide.stop(why)
+            found = guide.next()
+            if isinstance(found, Done):
+                return found.reason
+            assert found is not None
+            guide.end(found.number, perform(found.job))
+    finally:
+        over.set()
+        thread.join()

@@ -65,8 +65,8 @@ class Ledger:
 
     @property
     def running(self) -> list[int]:
-        """Numbers of trials that were started and have not ended."""
-        return [n for n, row in self.rows.items() if row["status"] == "running"]
+        """Numbers of trials that were started and have not ended, be it that they run or were interrupted."""
+        return [n for n, row in self.rows.items() if row["status"] not in ENDED]
 
     @property
     def spent_s(self) -> float:

@@ -128,6 +128,18 @@ def test_a_dry_run_prints_the_trials_and_starts_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_time_budget_stops_a_trial_that_runs_and_a_larger_one_goes_on_from_there(tmp_path):
+    words = search_words(tmp_path, vary={"optim.lr": [0.001]}, fixed={"steps": 1500, "eval_every": 1500})
+    assert search.main([*words, "seconds=2"]) == 0
+    (row,) = Ledger(tmp_path / "out").rows.values()
+    assert row["status"] == "interrupted"
+    assert not (tmp_path / "out/winner").exists()
+    assert search.main([*words, "seconds=600"]) == 0
+    (row,) = Ledger(tmp_path / "out").rows.values()
+    assert (row["status"], row["attempt"]) == ("done", 2)
+    assert "resumed from" in (tmp_path / "out" / row["run"] / "log.txt").read_text()
+
+
 # ---- killed and gone on with
 
 
