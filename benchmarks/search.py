@@ -1,7 +1,7 @@
 """Searches: what a trial costs beyond its own training, and successive halving beside random draws.
 
     python -m benchmarks.search overhead [trials=24] [out=benchmarks/results]
-    python -m benchmarks.search asha [repetitions=10] [full=20] [tokens=245760] [out=benchmarks/results]
+    python -m benchmarks.search asha [repetitions=10] [full=16] [tokens=163840] [out=benchmarks/results]
 
 overhead: trials of 100k tokens through our search (reused actors, open token folders, no Ray Train) and through a Tuner
 with Ray's defaults around the same training loop, in turn; the floor is the training itself.
@@ -294,7 +294,7 @@ def main(argv: Sequence[str]) -> int:
     if what == "overhead":
         overhead(out, numbers.get("trials", 24))
     elif what == "asha":
-        asha(out, numbers.get("repetitions", 10), numbers.get("full", 20), numbers.get("tokens", 245760))
+        asha(out, numbers.get("repetitions", 10), numbers.get("full", 16), numbers.get("tokens", 163840))
     else:
         print(__doc__)
         return 2
