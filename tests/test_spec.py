@@ -139,6 +139,9 @@ def test_help_says_every_field_its_default_and_its_words(capsys):
     assert any("optim.lr=0.001" in line and "peak learning rate" in line for line in lines)
     assert command(Config, lambda c: None, ["--help"]) == 0
     assert "steps=10" in capsys.readouterr().out
+    assert command(Config, lambda c: None, ["--help", "norm=prmsnorm"]) == 0  # the options of a kind that is asked for
+    said = capsys.readouterr().out
+    assert "norm.fraction=0.25" in said and "norm.eps" not in said
 
 
 def test_bad_input_is_one_line_and_exit_code_2(capsys):

@@ -222,8 +222,14 @@ def _is_repeatable(tp: Any) -> bool:
     return typing.get_origin(tp) in (list, tuple) and typing.get_args(tp)[0] is str
 
 
-def describe(cls: type, at: str = "", positional: str | None = None) -> list[str]:
-    """The lines of --help: dotted key, default, choices and the docstring's words for every field."""
+def describe(
+    cls: type, at: str = "", positional: str | None = None, chosen: typing.Mapping[str, str] | None = None
+) -> list[str]:
+    """The lines of --help: dotted key, default, choices and the docstring's words for every field.
+
+    chosen: kinds of parts to describe instead of the default ones, by dotted key.
+    """
+    chosen = chosen or {}
     said: dict[str, str] = {}
     for ancestor in reversed(cls.__mro__):
         said.update(re.findall(r"^\s*(\w+): (.+)$", inspect.cleandoc(ancestor.__dict__.get("__doc__") or ""), re.M))
@@ -232,13 +238,16 @@ def describe(cls: type, at: str = "", positional: str | None = None) -> list[str
         default: Any = f.default if f.default is not dc.MISSING else None
         if f.default_factory is not dc.MISSING:
             default = f.default_factory()
-        required = f.default is dc.MISSING and f.default_factory is dc.MISSING
+        required = _is_required(f)
         base = part_of(tp)
         if dc.is_dataclass(tp) and base is None:
             if name in said:
                 lines.append(f"  {at + name + '.':38} {said[name]}")
-            lines += describe(typing.cast(type, tp), f"{at}{name}.")
+            lines += describe(typing.cast(type, tp), f"{at}{name}.", chosen=chosen)
             continue
+        kind = base.kinds.get(chosen.get(at + name, "")) if base is not None else None
+        if kind is not None and not any(_is_required(f) for _, f in fields(kind).values()):
+            default, required = kind(), False
         shown = kind_of(default) if isinstance(default, Part) else ("(required)" if required else plain(default))
         text = said.get(name, "")
         if base is not None:
@@ -251,10 +260,14 @@ def describe(cls: type, at: str = "", positional: str | None = None) -> list[str
             shown = {None: "null", True: "true", False: "false"}[shown]
         lines.append(f"  {at + name + '=' + str(shown):38} {text}".rstrip())
         if isinstance(default, Part) and dc.is_dataclass(default):
-            lines += describe(type(default), f"{at}{name}.")
+            lines += describe(type(default), f"{at}{name}.", chosen=chosen)
         if base is not None:
             lines += _other_kinds(base, type(default), at + name)
     return lines
+
+
+def _is_required(f: dc.Field) -> bool:
+    return f.default is dc.MISSING and f.default_factory is dc.MISSING
 
 
 def _other_kinds(base: type[Part], but: type, at: str) -> list[str]:
@@ -276,11 +289,18 @@ def _other_kinds(base: type[Part], but: type, at: str) -> list[str]:
     return lines
 
 
-def usage(cls: type, positional: str | None = None, program: str | None = None, estimates: bool = False) -> str:
+def usage(
+    cls: type,
+    positional: str | None = None,
+    program: str | None = None,
+    estimates: bool = False,
+    words: Sequence[str] = (),
+) -> str:
     """The whole of --help for a stage. program: the module that users run; its docstring comes first.
 
-    estimates: whether it takes --estimate.
+    estimates: whether it takes --estimate.  words: the others on the command line: `rule=greedy` describes that kind.
     """
+    chosen = {key: kind for key, given, kind in (word.partition("=") for word in words) if given}
     program = program or cls.__module__
     stage = sys.modules[program]
     word = f"{positional.upper()} " if positional else ""
@@ -296,7 +316,7 @@ def usage(cls: type, positional: str | None = None, program: str | None = None, 
             *([says] if estimates else []),
             "",
             "settings and defaults:",
-            *describe(cls, positional=positional),
+            *describe(cls, positional=positional, chosen=chosen),
         ]
     )
 
@@ -318,7 +338,7 @@ def command(
     try:
         if {"-h", "--help"} & set(words):
             program = run.__module__ if run.__module__ in sys.modules else None
-            print(usage(cls, positional, program, estimate is not None), flush=True)
+            print(usage(cls, positional, program, estimate is not None, words), flush=True)
             return 0
         if "--estimate" in words:
             return _estimate([w for w in words if w != "--estimate"], cls, positional, estimate)

@@ -36,7 +36,7 @@ class SearchConfig:
     recipe: training recipe that every trial starts from: a file, or a name in pipelines/recipes/
     fixed: settings laid over the recipe for all trials, dotted
     vary: what varies (see the README for its forms)
-    rule: how the trials are chosen
+    rule: how the trials are chosen; --help rule=greedy explains the options of that one
     objective: what is optimised
     seeds: seeds per setting; equal seeds of two settings share data order and make a pair
     first_seed: the first of them

@@ -70,7 +70,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is optimised. metric: a name in `Trial.metrics`.  mode: `min` or `max`."""
+    """What is optimised.
+
+    metric: a figure of the last validation
+    mode: whether less or more of it is better
+    """
 
     metric: str = "val/bpb"
     mode: Literal["min", "max"] = "min"
