@@ -11,7 +11,9 @@ An `out=` that exists is resumed from its ledger when the settings are the same;
 from __future__ import annotations
 
 import dataclasses as dc
+import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,12 +22,10 @@ from typing import Any
 
 from models.spec import plain
 from pipelines.lib.config import InputError, command, write_yaml
-from pipelines.lib.run import Run, differences
+from pipelines.lib.run import Run, differences, write_atomic
 from pipelines.lib.search.ledger import Ledger
-from pipelines.lib.search.rules.greedy import Greedy
-from pipelines.lib.search.rules.listed import Sweep
 from pipelines.lib.search.space import label
-from pipelines.lib.search.study import SearchConfig, Study
+from pipelines.lib.search.study import RECIPE, SearchConfig, Study
 from pipelines.train import shown
 
 STOPPED = "stopped on request"
@@ -62,15 +62,20 @@ def run(config: SearchConfig) -> int:
         return dry_run(study)
     out = Run(config.out)
     with out.lock():
-        ledger = open_ledger(out, config)
+        ledger = open_ledger(out, study)
         return carry_out(out, study, ledger)
 
 
-def open_ledger(out: Run, config: SearchConfig) -> Ledger:
+def open_ledger(out: Run, study: Study) -> Ledger:
     """The ledger of a search folder, new or to go on with. Raises InputError with the difference."""
-    ledger = Ledger(out.path)
+    config, ledger = study.config, Ledger(out.path)
     if out.config.is_file():
-        changed = differences(out.read_config(), plain(config), SearchConfig.HOW)
+        old = out.read_config()
+        if not old:
+            raise InputError(f"{out.config} is empty; restore it, or begin with another out=")
+        changed = differences(old, plain(config), SearchConfig.HOW)
+        if ledger.computes is not None:  # the recipe by what it says, the data by what is in it
+            changed += differences(ledger.computes, json.loads(json.dumps(study.computes())))
         if changed:
             raise InputError(
                 f"out={out.path} is a search with other settings ({'; '.join(changed)}); "
@@ -79,7 +84,8 @@ def open_ledger(out: Run, config: SearchConfig) -> Ledger:
     elif out.path.is_dir() and any(p for p in out.path.iterdir() if not p.name.startswith(".")):
         raise InputError(f"out={out.path} holds something that is no search (no config.yaml); choose another folder")
     out.write_config(plain(config))
-    ledger.session()
+    write_atomic(out.path / RECIPE, write_yaml(study.recipe_tree))
+    ledger.session(study.computes())
     return ledger
 
 
@@ -94,7 +100,7 @@ def carry_out(out: Run, study: Study, ledger: Ledger) -> int:
     resumed = len(ledger.trials)
     print(f"{'resuming' if resumed else 'searching'} {shown(out.path)}: {describe(study)}", flush=True)
     if resumed:
-        print(f"{resumed} trials are in its ledger", flush=True)
+        print(f"{many(resumed, 'trial')} in its ledger", flush=True)
     report = Report(study, ledger, out)
     with Progress(config.trials, "trials", f"search {out.path.name}") as progress, stop_on_signal(out, progress.print):
         guide = Guide(study, ledger, out.path, progress.print)
@@ -125,7 +131,8 @@ def carry_out(out: Run, study: Study, ledger: Ledger) -> int:
     if guide.stopping == STOPPED:
         report.close("KILLED")
         where = shlex.quote(shown(out.path))
-        print(f"stopped after {len(ledger.trials)} trials; resume with: python -m pipelines.search {where}/config.yaml")
+        count = many(len(ledger.trials), "trial")
+        print(f"stopped after {count}; resume with: python -m pipelines.search {where}/config.yaml")
         return 130
     guide.close(reason)
     report.close("FINISHED")
@@ -236,7 +243,13 @@ def describe(study: Study) -> str:
     config = study.config
     dimensions = study.space.dimensions()
     kind = plain(config.rule)["kind"]
-    return f"{kind} over {len(dimensions)} settings ({', '.join(dimensions)}), {config.seeds} seed(s) each"
+    return (
+        f"{kind} over {many(len(dimensions), 'setting')} ({', '.join(dimensions)}), {many(config.seeds, 'seed')} each"
+    )
+
+
+def many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def leaderboard(study: Study, ledger: Ledger) -> list[dict[str, Any]]:
@@ -280,10 +293,16 @@ def summary(out: Run, study: Study, ledger: Ledger, reason: str) -> None:
     where = shlex.quote(shown(out.path))
     ended = [row for row in ledger.ended() if row["same_as"] is None]
     failed = sum(row["status"] != "done" for row in ended)
-    print(f"{where}: {len(ended)} trials{f' ({failed} failed or refused)' if failed else ''}; {reason}")
+    more = [f"{failed} failed or refused"] if failed else []
+    if known := sum(row["same_as"] is not None for row in ledger.ended()):
+        more.append(f"{known} known before")
+    if left := len(ledger.running):
+        more.append(f"{left} unfinished")
+    said = f" ({', '.join(more)})" if more else ""
+    print(f"{where}: {many(len(ended), 'trial')}{said}; {reason}")
     dimensions = study.space.dimensions()
     for place, row in enumerate(leaderboard(study, ledger)[:5], 1):
-        spread = f" +- {row['standard_error']:.4f}" if row["seeds"] > 1 else " (one seed)"
+        spread = f" ± {row['standard_error']:.4f}" if row["seeds"] > 1 else " (one seed)"
         trial = ledger.trials[int(row["trials"].split()[0])]
         said = label(trial.ask.settings, dimensions)
         print(f"  {place}. {objective.metric} {row[objective.metric]:.4f}{spread}  {said}")
@@ -291,22 +310,11 @@ def summary(out: Run, study: Study, ledger: Ledger, reason: str) -> None:
         print(f"  {line}")
     winner = out.path / "winner"
     if winner.is_file():
-        folder = shlex.quote(shown(out.path / winner.read_text().strip()))
-        print(f"winner: {folder}")
+        folder = shlex.quote(shown(Path(os.path.normpath(out.path / winner.read_text().strip()))))
+        settings = study.config.rule.winner(study, ledger.trials) or {}
+        print(f"winner: {folder}  {label(settings, dimensions)}")
         print(f"next: python -m pipelines.compare {where}\n      python -m pipelines.sample {folder} --prompt 'The '")
         print(f"      serve run serving.app:build run={folder}")
-
-
-def drawn(study: Study, count: int) -> list[dict[str, Any]]:
-    """All settings of a finite space, the first round of a greedy search, or `count` drawn at random."""
-    import random
-
-    if isinstance(study.config.rule, Greedy):
-        return study.config.rule.opening(study)
-    if finite(study):
-        return study.space.points()
-    rng = random.Random(study.seed)
-    return [study.space.sample(rng) for _ in range(count)]
 
 
 def dry_run(study: Study) -> int:
@@ -316,11 +324,9 @@ def dry_run(study: Study) -> int:
     from pipelines.lib.estimate import duration, estimate_many
     from pipelines.lib.terminal import print_table
 
-    settings = drawn(study, DRAWN)
+    settings = study.config.rule.opening(study, DRAWN)
     dimensions = study.space.dimensions()
-    how = "" if finite(study) else " drawn, as the space is not finite"
-    how = " in the first round" if isinstance(study.config.rule, Greedy) else how
-    print(f"{describe(study)}: {len(settings)} settings{how}")
+    print(f"{describe(study)}; it begins with")
     table = Table("id", "parameters", "tokens", "time", "memory", "settings")
     kept = [one for one in settings if study.refuses(one) is None]
     configs = [study.train_config(one, study.seeds[0]) for one in kept]
@@ -338,29 +344,29 @@ def dry_run(study: Study) -> int:
     for one in settings:
         if (why := study.refuses(one)) is not None:
             print(f"refused: {label(one, dimensions)}: {why}")
-    seconds = sum(guess.seconds or 0.0 for guess in found) * len(study.seeds)
-    print(f"with {len(study.seeds)} seed(s) each: {duration(seconds)} of work, one trial at a time")
+    work = study.config.rule.work(study)
+    mean = sum(guess.seconds or 0.0 for guess in found) / len(found)
+    if work is None:
+        print(f"one trial takes {duration(mean)} on average; how many there will be is known at the end only")
+    else:
+        print(f"at most {work:,.4g} trials of full length: {duration(work * mean)} of work, one at a time")
     return 0
 
 
-def finite(study: Study) -> bool:
-    return study.space.at_most is not None
-
-
 def estimate(config: SearchConfig) -> Any:
-    """A search's estimate: all trials of a finite space, or of a budget; never more than the budgets allow."""
+    """A search's estimate: what its rule trains at most, never more than the budgets allow."""
     from pipelines.lib.estimate import Estimate, estimate_many
 
     config, study = prepare(config)
-    settings = [one for one in drawn(study, DRAWN) if study.refuses(one) is None]
+    settings = [one for one in config.rule.opening(study, DRAWN) if study.refuses(one) is None]
     found = estimate_many([study.train_config(one, study.seeds[0]) for one in settings], study.folders)
     mean_tokens = sum(guess.tokens for guess in found) / len(found)
     seconds_per_token = sum(guess.seconds or 0.0 for guess in found) / sum(guess.tokens for guess in found)
     limits = []
-    if isinstance(config.rule, Sweep) and finite(study):
-        limits.append(("the whole sweep", len(found) * len(study.seeds) * mean_tokens))
+    if (work := config.rule.work(study)) is not None:
+        limits.append(("the rule's own end", work * mean_tokens))
     if config.trials is not None:
-        limits.append((f"trials={config.trials}", config.trials * mean_tokens))
+        limits.append((f"trials={config.trials}, all of full length", config.trials * mean_tokens))
     if config.tokens is not None:
         limits.append((f"tokens={config.tokens}", float(config.tokens)))
     if config.seconds is not None:
@@ -376,9 +382,9 @@ def estimate(config: SearchConfig) -> Any:
         seconds=tokens * seconds_per_token,
         memory_gb=max(guess.memory_gb or 0.0 for guess in found),
         notes=(
-            f"{tokens / mean_tokens:,.0f} trials' worth of training by {why}, one at a time; divide by how many run at "
-            "once on cores of their own",
-            f"from {len(found)} settings, of which the smallest, a middle and the largest were measured",
+            f"at most {tokens / mean_tokens:,.4g} trials' worth of training, by {why}, one at a time; divide by how "
+            "many run at once on cores of their own",
+            f"from {many(len(found), 'setting')}, of which the smallest, a middle and the largest were measured",
         ),
     )
 

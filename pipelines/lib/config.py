@@ -185,6 +185,9 @@ def assemble(words: Sequence[str], cls: type, positional: str | None = None) -> 
             key, value = "recipe", word
         if key == "recipe" and (value is word or "recipe" not in names):
             laid = recipe(value, getattr(cls, "RECIPES", RECIPES))
+            for name in getattr(cls, "BESIDE", ()):
+                if isinstance(laid.get(name), str) and (Path(value).parent / laid[name]).is_file():
+                    laid = {**laid, name: str((Path(value).parent / laid[name]).resolve())}
             tree = overlay(one_of(cls, tree, laid), laid)
             continue
         parsed: Any = scalar(value)

@@ -63,6 +63,10 @@ class Interval:
     log: bool = False
     integer: bool = False
 
+    def __str__(self) -> str:
+        kind = ("log_" if self.log else "") + ("integer" if self.integer else "uniform")
+        return f"{{{kind}: [{self.low:g}, {self.high:g}]}}"
+
     def sample(self, rng: random.Random) -> float:
         """Fractions keep six digits, so that a trial's command stays readable."""
         if self.integer and not self.log:

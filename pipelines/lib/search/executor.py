@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import logging
 import os
 import queue
 import shutil
@@ -107,6 +108,8 @@ def on_tune(guide: Guide, stop: Callable[[], str]) -> str:
     # Ray Train's workers take their resources themselves; the lane that drives them takes next to none.
     own = {"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     share: dict[str, float] = {"memory": float(2**20)} if config.workers else own
+    for name in ("ray.tune", "ray.air"):  # a lane that dies is said by the guide, in a line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     attempt = guide.out / ".ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     attempt.mkdir(parents=True)
     for old in sorted(attempt.parent.iterdir())[:-3]:

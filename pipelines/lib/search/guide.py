@@ -18,7 +18,7 @@ from typing import Any
 
 from models.spec import plain
 from pipelines.lib.config import write_yaml
-from pipelines.lib.run import write_atomic
+from pipelines.lib.run import Run, write_atomic
 from pipelines.lib.search.ledger import Ledger
 from pipelines.lib.search.study import Study
 from pipelines.lib.search.trials import Ask, Done, Trial
@@ -208,7 +208,9 @@ class Guide:
 
     def _write_start(self, number: int, ask: Ask, ident: str, more: dict[str, Any], tokens: int) -> None:
         ends = {"status": "running", "run": "", "until": 0, "same_as": None, **more}
-        command = self.study.command(ask.settings, ask.seed, str(self.out / ends["run"])) if ends["run"] else ""
+        command = ""  # of what took over a checkpoint there is none: it did not begin at its beginning
+        if ends["run"] and ask.source is None:
+            command = self.study.command(ask.settings, ask.seed, os.path.normpath(self.out / ends["run"]))
         self.ledger.write(
             "start",
             number=number,
@@ -293,7 +295,15 @@ class Guide:
                 for r in self.ledger.rows.values()
             )
             if last or row["share"] == 1.0 or later:
-                shutil.rmtree(self.out / row["checkpoint"], ignore_errors=True)
+                self._drop(self.out / row["checkpoint"])
+
+    def _drop(self, checkpoint: Path) -> None:
+        """Delete a checkpoint, and the pointers of its run that name it."""
+        run = Run(checkpoint.parent.parent)
+        for name in ("last", "best"):
+            if run.pointed(name) == checkpoint.name:
+                (run.path / name).unlink()
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
     def winner_row(self) -> dict[str, Any] | None:
         """The best whole trial among those of the winning settings, by objective."""

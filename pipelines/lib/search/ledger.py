@@ -40,6 +40,7 @@ class Ledger:
         self.trials: list[Trial] = []
         self.elapsed_s = 0.0
         self.done: str | None = None
+        self.computes: dict[str, Any] | None = None  # what the trials of its first session shared
         self._session: tuple[float, float] = (0.0, 0.0)  # began, last seen
         events = list(rows(self.path))
         for i, (event, _) in enumerate(events):
@@ -48,7 +49,13 @@ class Ledger:
                 if not following or following.get("event") != "session":  # else a driver was killed while it wrote
                     raise InputError(f"{self.path}: line {i + 1} is damaged; restore it or begin with another out=")
                 continue
-            self._take(event)
+            try:
+                self._take(event)
+            except (KeyError, TypeError, IndexError, AttributeError):
+                raise InputError(
+                    f"{self.path}: line {i + 1} ({event['event']}) does not fit to what stands before it; restore the "
+                    "file, or begin with another out="
+                ) from None
 
     def write(self, event: str, **what: Any) -> None:
         """Add an event, on the disk before this returns."""
@@ -59,9 +66,10 @@ class Ledger:
             os.fsync(file.fileno())
         self._take(row)
 
-    def session(self, **what: Any) -> None:
-        """A driver begins: the ledger's format, and what that driver is."""
-        self.write("session", format_version=FORMAT_VERSION, **what)
+    def session(self, computes: dict[str, Any]) -> None:
+        """A driver begins. computes: what all trials share (Study.computes), written down by the first one."""
+        first = {} if self.computes else {"computes": computes}
+        self.write("session", format_version=FORMAT_VERSION, **first)
 
     @property
     def running(self) -> list[int]:
@@ -85,6 +93,7 @@ class Ledger:
                     f"{FORMAT_VERSION}; give another out="
                 )
             self.elapsed_s, self._session, self.done = self.spent_s, (now, now), None
+            self.computes = self.computes or event.get("computes")
             return
         self._session = (self._session[0], max(now, self._session[1]))
         if kind == "done":

@@ -15,14 +15,29 @@ from typing import Any, ClassVar
 
 from models.families import IMPORTS
 from models.spec import ConfigError, build, fields, flatten, near, plain
-from pipelines.lib.config import InputError, defaults_under, override, recipe, write_yaml
+from pipelines.lib.config import RECIPES, InputError, defaults_under, override, recipe, write_yaml
 from pipelines.lib.search.rules import Sweep
 from pipelines.lib.search.space import Space, unknown_keys
 from pipelines.lib.search.trials import Objective, Rule
+from pipelines.lib.search.worker import METRICS
 from pipelines.lib.training import HOW, LENGTHS, TrainConfig
 
+RECIPE = "recipe.yaml"  # in the search's folder: the recipe as it was when the search began
 SPACES = Path(__file__).resolve().parents[3] / "tune_spaces"
-METRICS = ("val/bpb", "val/nll", "val/ppl", "val/score", "val/effective_rank", "val/spectrum_slope")
+OWN = {  # settings of a training run that a search sets itself -> where
+    "data": "data=",
+    "out": "out=",
+    "seed": "seeds= and first_seed=",
+    "num_workers": "workers=",
+    "cpus_per_worker": "cpus_per_worker=",
+    "gpus_per_worker": "gpus_per_worker=",
+    "verify": "nothing: data is checked once",
+    "track": "track=",
+    "experiment": "experiment=",
+    "name": "name=",
+    "tags": "nothing: MLflow has the trial's settings",
+}
+BETTER = {"val/bpb": "min", "val/nll": "min", "val/ppl": "min", "val/score": "max"}  # of the others either may be meant
 # How a trial is carried out, not what it computes. (Another micro-batch has other dropout masks, so it counts.)
 NOT_COMPUTED = (HOW - {"micro_batch"}) | {"seed"}
 
@@ -59,9 +74,10 @@ class SearchConfig:
     """
 
     RECIPES: ClassVar[Path] = SPACES
+    BESIDE: ClassVar[tuple[str, ...]] = ("recipe",)  # may be named as it stands beside the search file
     HOW: ClassVar[frozenset[str]] = frozenset(
-        "out data trials tokens seconds parallel workers cpus_per_worker gpus_per_worker retries also keep samples "
-        "dry_run track experiment name".split()
+        "out data recipe trials tokens seconds parallel workers cpus_per_worker gpus_per_worker retries also keep "
+        "samples dry_run track experiment name".split()
     )
 
     data: str
@@ -122,10 +138,12 @@ class Study:
             raise InputError("; ".join(f"vary: {line}" for line in wrong))
         self.objective, self.seed = config.objective, config.search_seed
         self.seeds = tuple(range(config.first_seed, config.first_seed + config.seeds))
-        self.recipe_tree = recipe(config.recipe)
+        kept = Path(config.out) / RECIPE  # a job's own copy of the recipe may be gone when the search goes on
+        self.recipe_tree = recipe(kept if kept.is_file() and not _known(config.recipe) else config.recipe)
         varied = {key.split(".")[0] for key in self.space.keys()}  # noqa: SIM118  # a method of its own
-        for key in sorted(varied & {"data", "out", "seed"}):
-            raise InputError(f"vary: {key} belongs to the search itself; set {key}= (or seeds=) beside vary")
+        for where, keys in (("vary", varied), ("fixed", {key.split(".")[0] for key in config.fixed})):
+            for key in sorted(keys & set(OWN)):
+                raise InputError(f"{where}: {key} belongs to the search itself; beside {where}, {OWN[key]} sets it")
         self.ignored = NOT_COMPUTED - varied
         self.vocab_size = max(folder.vocab_size for folder in folders)
         self.fingerprints = [folder.fingerprint for folder in folders]
@@ -147,6 +165,8 @@ class Study:
         metric = self.objective.metric
         if metric not in METRICS:
             raise InputError(f"objective.metric={metric} is not measured at validation{near(metric, METRICS)}")
+        if BETTER.get(metric, self.objective.mode) != self.objective.mode:
+            raise InputError(f"objective.mode={self.objective.mode}: of {metric} {BETTER[metric]} is meant")
         if metric == "val/bpb" and any(folder.token_bytes() is None for folder in self.folders):
             raise InputError(
                 f"objective.metric=val/bpb needs the bytes of each token, which {self.config.data} does not tell; "
@@ -180,6 +200,11 @@ class Study:
 
     def identity(self, settings: Mapping[str, Any]) -> str:
         return self.id_of(self.train_config(settings, self.seeds[0]))
+
+    def computes(self) -> dict[str, Any]:
+        """What all trials share: the resolved recipe and the data's fingerprints, as plain data."""
+        tree = {k: v for k, v in plain(self.train_config({}, self.seeds[0])).items() if k not in self.ignored}
+        return {"recipe": tree, "data": self.fingerprints}
 
     # ---- trials
 
@@ -245,11 +270,15 @@ class Study:
             if getattr(self.config, key) != usual[key]:
                 words[key] = getattr(self.config, key)
         said = [f"{key}={value_word(value)}" for key, value in words.items()]
-        path = Path(self.config.recipe)
-        name = str(path.resolve()) if path.is_file() else self.config.recipe
+        named = (RECIPES / f"{self.config.recipe}.yaml").is_file()
+        name = self.config.recipe if named else str(Path(self.config.out) / RECIPE)
         parts = ["python", "-m", "pipelines.train", name, f"data={self.config.data}", *said, f"out={out}"]
         imports = os.environ.get(IMPORTS)
         return (f"{IMPORTS}={shlex.quote(imports)} " if imports else "") + shlex.join(parts)
+
+
+def _known(name: str) -> bool:
+    return Path(name).is_file() or (RECIPES / f"{name}.yaml").is_file()
 
 
 def value_word(value: Any) -> str:

@@ -149,6 +149,14 @@ class Rule(Part):
         """Plain data for OUT/results.yaml, written anew after every trial: rounds, decisions. None: there are none."""
         return None
 
+    def opening(self, problem: Problem, most: int) -> Sequence[Mapping[str, Any]]:
+        """At most so many of the settings that it would try first, those that cannot be too: what a dry run shows."""
+        raise NotImplementedError
+
+    def work(self, problem: Problem) -> float | None:
+        """How much it trains at most, in trials of full length; None where that is known at its end only."""
+        return None
+
     def lines(self, problem: Problem, trials: Sequence[Trial]) -> list[str]:
         """The decisions so far in words, each with its uncertainty; only ever added to."""
         return []

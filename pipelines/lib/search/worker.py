@@ -22,6 +22,7 @@ from pipelines.lib.shards import TokenFolder
 from pipelines.lib.training import TrainConfig
 
 COST = "cost.json"
+METRICS = ("val/bpb", "val/nll", "val/ppl", "val/score", "val/effective_rank", "val/spectrum_slope")
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
         from pipelines.lib.loop import DIVERGED
 
         if DIVERGED in str(error):  # the policy on non-finite steps ended it: a finding, not a fault
-            return _said(run, "done", {"val/nll": math.nan, "val/bpb": math.nan, "val/score": 0.0}, str(error))
+            return _said(run, "done", dict.fromkeys(METRICS, math.nan), str(error))
         return _said(run, "refused", {}, str(error))
     except ConfigError as error:
         return _said(run, "refused", {}, str(error))

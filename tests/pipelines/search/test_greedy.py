@@ -552,6 +552,6 @@ def test_a_dry_run_shows_the_first_round(tmp_path, capsys):
     )
     assert command.main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "6 settings in the first round" in said and "lr=0.012" in said
+    assert said.count("│") == 5 * 7 and "refused: " in said and "lr=0.012" in said and "known at the end only" in said
     assert said.count("refused") == 1 and "refused: d_model=33" in said  # the list of norms follows the layers
     assert not (tmp_path / "out").exists()

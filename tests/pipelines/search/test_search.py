@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from pipelines.lib.search.trials import Ask, Done, Rule
 from pipelines.lib.training import TrainConfig
 from tests.conftest import REPO
 from tests.pipelines.search.small import search_words
+from tests.pipelines.tiny import make_tokens
 
 
 def told(out) -> list[tuple]:
@@ -124,7 +126,7 @@ def test_a_dry_run_prints_the_trials_and_starts_nothing(tmp_path, capsys):
     assert search.main([*words, "dry_run=true"]) == 0
     said = capsys.readouterr().out
     assert "refused" in said and "d_model=33" in said
-    assert "d_model=48" in said and "of work, one trial at a time" in said
+    assert "d_model=48" in said and "at most 2 trials of full length" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -256,6 +258,7 @@ def test_a_trial_may_take_over_another_ones_weights_and_change_its_learning_rate
     assert curve[:3] == first
     assert curve[3]["train/lr"] > 10 * curve[2]["train/lr"]
     assert rows[1]["piece_tokens"] == 3 * 384
+    assert rows[0]["command"] and not rows[1]["command"]  # no command begins where that one did
 
 
 # ---- what goes wrong
@@ -301,7 +304,10 @@ def test_a_crash_is_tried_again_and_then_given_up(tmp_path, monkeypatch, capsys)
             [],
             "'layernrom' does not exist; did you mean 'layernorm'",
         ),
-        ({"vary": {"seed": [1, 2]}}, [], "belongs to the search itself"),
+        ({"vary": {"seed": [1, 2]}}, [], "belongs to the search itself; beside vary, seeds= and first_seed= sets it"),
+        ({"fixed": {"data": "elsewhere"}}, [], "fixed: data belongs to the search itself"),
+        ({"fixed": {"num_workers": 2}}, [], "workers= sets it"),
+        ({"objective": {"metric": "val/score"}}, [], "of val/score max is meant"),
         ({"rule": "sweap"}, [], "'sweap' does not exist; did you mean 'sweep'"),
         ({"fixed": {"seconds": 5}}, [], "not see equal tokens"),
         ({"vary": {"batch_tokens": [384, 768]}}, [], "give fixed.tokens=2304"),
@@ -330,6 +336,50 @@ def test_another_search_in_the_same_folder_is_refused_with_the_difference(tmp_pa
     assert search.main([*words, f"recipe={swept / 'small.yaml'}", "seeds=2", "fixed={steps: 9, eval_every: 3}"]) == 2
     assert "fixed.steps: 6 -> 9" in capsys.readouterr().err
     assert (swept / "out/ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["data", "recipe"])
+def test_what_the_trials_share_may_not_change_behind_equal_words(tmp_path, capsys, change):
+    words = search_words(tmp_path)
+    assert search.main([*words, "trials=2"]) == 0
+    if change == "data":
+        shutil.rmtree(tmp_path / "data")
+        make_tokens(tmp_path / "data", seed=1)
+    else:
+        path = tmp_path / "small.yaml"
+        path.write_text(path.read_text().replace("warmup_steps: 5", "warmup_steps: 4"))
+    before = (tmp_path / "out/ledger.jsonl").read_bytes()
+    capsys.readouterr()
+    assert search.main(words) == 2
+    error = capsys.readouterr().err
+    assert ("data: " if change == "data" else "recipe.schedule.warmup_steps: 5 -> 4") in error
+    assert (tmp_path / "out/ledger.jsonl").read_bytes() == before
+
+
+def test_a_moved_recipe_and_moved_data_are_the_same_search(tmp_path):
+    words = search_words(tmp_path)
+    assert search.main([*words, "trials=2"]) == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    (tmp_path / "small.yaml").unlink()  # as a job's uploaded copy is, when the job has ended
+    assert search.main([*words, f"data={tmp_path / 'moved'}"]) == 0
+    assert [t.status for t in Ledger(tmp_path / "out").trials] == ["done"] * 4
+
+
+def test_a_recipe_may_stand_beside_the_search_file(tmp_path, monkeypatch):
+    words = search_words(tmp_path, recipe="small.yaml")
+    monkeypatch.chdir("/")
+    assert search.main([*words, "trials=1"]) == 0
+    words = shlex.split(Ledger(tmp_path / "out").rows[0]["command"])
+    assert words[3] == str(tmp_path / "out/recipe.yaml")
+
+
+def test_the_estimate_of_a_search_in_pieces_is_that_of_its_pieces(tmp_path, capsys):
+    words = search_words(tmp_path, rule={"kind": "asha", "draws": 9, "eta": 3, "min_share": 0.1})
+    assert search.main([*words, "--estimate"]) == 0
+    said = capsys.readouterr().out
+    # 9 draws to 1/9, 3 of them on to 1/3, 1 of these to the end: 1 + 3 * 2/9 + 2/3 trials of 2,304 tokens
+    assert "5,376" in said and "at most 2.333 trials' worth" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_search_that_is_running_is_not_disturbed(tmp_path, capsys):

@@ -110,14 +110,16 @@ class Greedy(Rule):
             check_dimension(key, domain, tree)
         if self.grow_length is not None:
             _length(problem)
+        if self.layers_key != "model.n_layers":
+            problem.base(self.layers_key)  # raises for a key that is not there; other families may have no layers
         _, candidates = self._candidates(problem, {})
         if all(refused for _, _, refused in candidates):
             why = f": {candidates[0][2]}" if candidates else ""
             raise InputError(f"rule greedy: there is no step from the baseline{why}")
 
-    def opening(self, problem: Problem) -> list[dict[str, Any]]:
-        """The settings of the first round, those that cannot be too; the baseline's first."""
-        return [{}, *(dict(move.settings) for move, _, _ in self._candidates(problem, {})[1])]
+    def opening(self, problem: Problem, most: int) -> Sequence[Mapping[str, Any]]:
+        """The settings of the first round, all of them; the baseline's first."""
+        return [{}, *(move.settings for move, _, _ in self._candidates(problem, {})[1])]
 
     def winner(self, problem: Problem, trials: Sequence[Trial]) -> Mapping[str, Any] | None:
         """The present baseline, once it is measured."""

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from pipelines.lib.config import InputError
@@ -22,6 +23,7 @@ from pipelines.lib.search.rules.listed import (
     check_one_length,
     check_space,
     draw,
+    first_draws,
     name,
     shown,
 )
@@ -85,6 +87,18 @@ class Asha(Rule):
             raise InputError(
                 f"finalists={self.finalists} are trained with the other seeds, and there is one; try seeds=3"
             )
+
+    def opening(self, problem: Problem, most: int) -> Sequence[Settings]:
+        return first_draws(problem, self.draws, most)
+
+    def work(self, problem: Problem) -> float | None:
+        """One in eta of each rung goes on to the next, so a few more where trials come in an unlucky order."""
+        if self.draws is None:
+            return None
+        shares = self.shares
+        steps = [shares[0], *(b - a for a, b in pairwise(shares))]
+        climbed = sum(max(1.0, self.draws / self.eta**k) * step for k, step in enumerate(steps))
+        return climbed + self.finalists * (len(problem.seeds) - 1)
 
     def next(self, problem: Problem, trials: Sequence[Trial]) -> Ask | Done | None:
         first = [t for t in trials if t.ask.seed == problem.seeds[0]]
@@ -188,6 +202,13 @@ class Median(Rule):
     def check(self, problem: Problem) -> None:
         check_one_length(problem, "median")
         check_space(problem)
+
+    def opening(self, problem: Problem, most: int) -> Sequence[Settings]:
+        return first_draws(problem, self.draws, most)
+
+    def work(self, problem: Problem) -> float | None:
+        """As if none were stopped."""
+        return None if self.draws is None else float(self.draws * len(problem.seeds))
 
     def next(self, problem: Problem, trials: Sequence[Trial]) -> Ask | Done | None:
         curves = self.curves(problem, trials)

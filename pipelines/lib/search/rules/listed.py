@@ -56,6 +56,13 @@ class Sweep(Rule):
             first = first or reason
         raise InputError(f"vary: every one of the {len(points)} points is refused; the first: {first}")
 
+    def opening(self, problem: Problem, most: int) -> Sequence[Settings]:
+        return list(self.expand(problem.space))
+
+    def work(self, problem: Problem) -> float:
+        points = {point for point, settings in _points(self, problem).items() if problem.refuses(settings) is None}
+        return float(len(points) * len(problem.seeds))
+
     def expand(self, space: Space) -> list[dict[str, Any]]:
         """The settings to try, in order. Raises InputError with the key that has no end."""
         return space.points()
@@ -140,6 +147,12 @@ class Random(Rule):
         """The next settings; None when no new ones were found. known: the trials of each setting, in order."""
         return draw(problem, len(known), known)
 
+    def opening(self, problem: Problem, most: int) -> Sequence[Settings]:
+        return first_draws(problem, self.draws, most)
+
+    def work(self, problem: Problem) -> float | None:
+        return None if self.draws is None else float(self.draws * len(problem.seeds))
+
 
 ONLY_GREEDY = "an increment leads on from a value, as `rule: greedy` does; here write a list or {uniform: [low, high]}"
 USED_UP = f"no new setting in {ATTEMPTS} draws: the space is used up"
@@ -185,6 +198,17 @@ def fresh(
 def draw(problem: Problem, index: int, taken: Collection[str]) -> dict[str, Any] | None:
     """Draw number `index` of the space: the same for every rule, so that they compare on the same settings."""
     return fresh(problem, taken, lambda attempt: problem.space.sample(stream(problem.seed, index, attempt)))
+
+
+def first_draws(problem: Problem, draws: int | None, most: int) -> list[Settings]:
+    """The first draws of the space, at most so many."""
+    taken: dict[str, Settings] = {}
+    while len(taken) < min(most, most if draws is None else draws):
+        settings = draw(problem, len(taken), taken)
+        if settings is None:
+            break
+        taken[problem.identity(settings)] = settings
+    return list(taken.values())
 
 
 def check_draws(draws: int | None) -> None:

@@ -100,6 +100,12 @@ class Pbt(Rule):
             k: d for k, d in domains.items() if (k in self.mutate or not self.mutate) and changes_while_training(k, d)
         }
 
+    def opening(self, problem: Problem, most: int) -> Sequence[Settings]:
+        return [member.settings for member in self.first(problem, problem.seeds[0], set()).values()][:most]
+
+    def work(self, problem: Problem) -> float:
+        return float(self.population * len(problem.seeds))
+
     def next(self, problem: Problem, trials: Sequence[Trial]) -> Ask | Done | None:
         steps = []
         for seed in problem.seeds:

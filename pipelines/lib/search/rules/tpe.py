@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.lib.config import InputError
 from pipelines.lib.search.domains import DEFAULT, Domain, Interval, Options, is_number, same
-from pipelines.lib.search.rules.listed import Random, draw, fresh, key, stream, ways
+from pipelines.lib.search.rules.listed import Random, Settings, draw, first_draws, fresh, key, stream, ways
 from pipelines.lib.search.space import Space
 from pipelines.lib.search.trials import Problem, Trial
 
@@ -46,6 +46,9 @@ class Tpe(Random):
         except ImportError:
             raise InputError("rule: tpe needs optuna: pip install 'optuna>=5'") from None
         super().check(problem)
+
+    def opening(self, problem: Problem, most: int) -> Sequence[Settings]:
+        return first_draws(problem, self.startup if self.draws is None else min(self.startup, self.draws), most)
 
     def draw(self, problem: Problem, known: Mapping[str, Sequence[Trial]]) -> dict[str, Any] | None:
         index = len(known)
