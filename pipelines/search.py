@@ -308,6 +308,8 @@ def summary(out: Run, study: Study, ledger: Ledger, reason: str) -> None:
         print(f"  {place}. {objective.metric} {row[objective.metric]:.4f}{spread}  {said}")
     for line in study.config.rule.lines(study, ledger.trials):
         print(f"  {line}")
+    if cut_off := study.config.rule.unfinished(study, ledger.trials):
+        print(f"  {cut_off}")
     winner = out.path / "winner"
     if winner.is_file():
         folder = shlex.quote(shown(Path(os.path.normpath(out.path / winner.read_text().strip()))))

@@ -160,3 +160,7 @@ class Rule(Part):
     def lines(self, problem: Problem, trials: Sequence[Trial]) -> list[str]:
         """The decisions so far in words, each with its uncertainty; only ever added to."""
         return []
+
+    def unfinished(self, problem: Problem, trials: Sequence[Trial]) -> str:
+        """What a budget has cut off, in words; empty if nothing."""
+        return ""

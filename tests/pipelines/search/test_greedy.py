@@ -555,3 +555,9 @@ def test_a_dry_run_shows_the_first_round(tmp_path, capsys):
     assert said.count("│") == 5 * 7 and "refused: " in said and "lr=0.012" in said and "known at the end only" in said
     assert said.count("refused") == 1 and "refused: d_model=33" in said  # the list of norms follows the layers
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_cuts_a_round_off_is_said(tmp_path, capsys):
+    words = search_words(tmp_path, vary={"optim.lr": {"factor": 4}}, rule="greedy", seeds=2)
+    assert command.main([*words, "trials=3"]) == 0
+    assert "round 1 was not finished; the baseline is still the recipe" in capsys.readouterr().out

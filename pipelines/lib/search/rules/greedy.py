@@ -134,6 +134,13 @@ class Greedy(Rule):
         """The decisions so far, each with its uncertainty."""
         return [line for r in self._story(problem, trials).rounds for line in r.lines]
 
+    def unfinished(self, problem: Problem, trials: Sequence[Trial]) -> str:
+        story = self._story(problem, trials)
+        if story.stop or not story.rounds:
+            return ""
+        proven = "the baseline is still the recipe" if not story.settings else "the steps before it stand"
+        return f"round {len(story.rounds)} was not finished; {proven}"
+
     def _story(self, problem: Problem, trials: Sequence[Trial]) -> Story:
         story = Story(self, problem, trials)
         story.tell()
