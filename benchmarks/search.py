@@ -80,9 +80,8 @@ def default_tuner(data: Path, out: Path, count: int) -> dict[str, float]:
     """The same trials through a Tuner as Ray sets it up: a function, a new actor for each, its own loggers."""
     from ray import tune
 
-    config = search.prepare(assemble([str(out.parent / "overhead.yaml"), f"data={data}", f"out={out}"], SearchConfig))[
-        1
-    ]
+    words = [str(out.parent / "overhead.yaml"), f"data={data}", f"out={out}", f"trials={count}"]
+    study = search.prepare(assemble(words, SearchConfig))[1]
 
     def trial(settings: Mapping[str, Any]) -> None:
         from pipelines.lib.loop import train
@@ -97,7 +96,7 @@ def default_tuner(data: Path, out: Path, count: int) -> dict[str, float]:
     for i in range(count):
         run = out / f"trial_{i}"
         settings = {"optim.lr": 1e-3 * 10 ** (i / count)}
-        space.append({"run": str(run), "config": plain(config.train_config(settings, 0, str(run)))})
+        space.append({"run": str(run), "config": plain(study.train_config(settings, 0, str(run)))})
     for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_GLOBAL_CHECKPOINT_S"):
         os.environ.pop(name, None)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

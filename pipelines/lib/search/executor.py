@@ -11,8 +11,6 @@ new one, slower to start than a short piece to end, never gets to work.)
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import json
 import logging
 import os
@@ -28,22 +26,10 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from pipelines.lib.config import InputError
+from pipelines.lib.search.desk import Desk
 from pipelines.lib.search.guide import LOOK_S, Guide
 from pipelines.lib.search.trials import Done
 from pipelines.lib.search.worker import perform
-
-
-class Desk:
-    """An actor where jobs wait for their lanes."""
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, asyncio.Queue] = collections.defaultdict(asyncio.Queue)
-
-    async def put(self, lane: str, job: dict[str, Any] | None) -> None:
-        await self.jobs[lane].put(job)
-
-    async def take(self, lane: str) -> dict[str, Any] | None:
-        return await self.jobs[lane].get()
 
 
 class Lane(tune.Trainable):
