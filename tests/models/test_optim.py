@@ -118,12 +118,17 @@ def test_optimizer_state_goes_through_named_tensors_bitwise():
     tensors, rest = split(optimizers, names(model))
     other = create(spec())
     other.load_state_dict(model.state_dict())
-    again = AdamW(lr=1.0).build(other)
+    again = AdamW().build(other)
     join(again, names(other), {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(rest)))
-    assert again["adamw"].param_groups[0]["lr"] == 1e-3
     step(model, optimizers["adamw"])
     step(other, again["adamw"])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    faster = AdamW(lr=1.0, weight_decay=0.3).build(other)  # the settings are the config's, the moments the checkpoint's
+    join(faster, names(other), {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(rest)))
+    assert [group["lr"] for group in faster["adamw"].param_groups] == [1.0, 1.0]
+    assert sorted(group["weight_decay"] for group in faster["adamw"].param_groups) == [0.0, 0.3]
+    moments = [state["exp_avg"] for state in faster["adamw"].state.values()]
+    assert len(moments) == len(list(other.parameters())) and any(m.any() for m in moments)
 
 
 @pytest.mark.parametrize(

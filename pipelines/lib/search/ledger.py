@@ -66,9 +66,9 @@ class Ledger:
             os.fsync(file.fileno())
         self._take(row)
 
-    def session(self, computes: dict[str, Any]) -> None:
-        """A driver begins. computes: what all trials share (Study.computes), written down by the first one."""
-        first = {} if self.computes else {"computes": computes}
+    def session(self, computes: dict[str, Any] | None = None) -> None:
+        """A driver begins. computes: what all trials share (Study.computes), written down by the first to know."""
+        first = {} if self.computes or computes is None else {"computes": computes}
         self.write("session", format_version=FORMAT_VERSION, **first)
 
     @property
