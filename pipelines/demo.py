@@ -23,7 +23,7 @@ from typing import Any
 from models.spec import build
 from pipelines.lib.config import InputError, command, overlay, recipe
 from pipelines.lib.jobs import storage_path
-from pipelines.train import shown
+from pipelines.lib.output import shown
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from typing import Any
 
 from models.spec import plain
 from pipelines.lib.config import InputError, command, write_yaml
+from pipelines.lib.output import shown
 from pipelines.lib.run import Run, differences, write_atomic
 from pipelines.lib.search.ledger import Ledger
 from pipelines.lib.search.space import label
 from pipelines.lib.search.study import RECIPE, SearchConfig, Study
-from pipelines.train import shown
 
 STOPPED = "stopped on request"
 DRAWN = 12  # settings of an endless space that a dry run and an estimate look at
@@ -151,7 +151,7 @@ class ShownTrials:
     def __call__(self, row: dict[str, Any]) -> None:
         objective, trials = self.study.objective, self.ledger.trials
         loss = objective.loss(trials[row["number"]])
-        found = f"{objective.metric} {row['metrics'].get(objective.metric, math.nan) or math.nan:.4f}"
+        found = f"{objective.metric} {trials[row['number']].metrics.get(objective.metric, math.nan):.4f}"
         if row["status"] != "done":
             found = f"{row['status']}: {row['error']}"
         elif not math.isfinite(loss):

@@ -47,6 +47,7 @@ from pipelines.lib import corpus, vocab
 from pipelines.lib.cluster import usable_cpus
 from pipelines.lib.config import InputError, command, describe, read_yaml, write_yaml
 from pipelines.lib.corpus import Document, Plan, Slice, Source, Stdlib
+from pipelines.lib.output import shown
 from pipelines.lib.progress import Progress
 from pipelines.lib.shards import (
     MANIFEST,
@@ -870,10 +871,7 @@ def _print_summary(out: Path, config: TokenizeConfig, plan: Plan, figures: dict[
 
 def next_command(out: Path) -> str:
     """The line for a shell that trains the smallest recipe on the shards in `out`."""
-    shown = out
-    with contextlib.suppress(ValueError):
-        shown = out.relative_to(Path.cwd())
-    return shlex.join(["python", "-m", "pipelines.train", "gpt_debug", f"data={shown}", f"out=runs/{out.name}"])
+    return shlex.join(["python", "-m", "pipelines.train", "gpt_debug", f"data={shown(out)}", f"out=runs/{out.name}"])
 
 
 def _track(config: TokenizeConfig, manifest: dict[str, Any], figures: dict[str, float]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from models.spec import plain
 from pipelines.lib.config import InputError, command
+from pipelines.lib.output import shown
 from pipelines.lib.run import Run
 from pipelines.lib.training import HOW, LENGTHS, Mix, TrainConfig, growth_only
 
@@ -174,14 +175,6 @@ def nothing_left(the_run: Run, total: int | None, data: list[str]) -> Any:
     if state.step < total or state.owed is not None or state.data != data:
         return None
     return Outcome(state.step, last_figures(the_run, state))
-
-
-def shown(path: Path) -> str:
-    """A path as a user would type it: relative to where they stand, if it lies below."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def summary(the_run: Any, outcome: Any) -> int:

@@ -144,6 +144,27 @@ def test_help_says_every_field_its_default_and_its_words(capsys):
     assert "norm.fraction=0.25" in said and "norm.eps" not in said
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["\n", "a, b"],
+        ["{x}", "no: yes"],
+        {"kind": "prmsnorm", "fraction": 0.5},
+        [1, 2.5e-5],
+        None,
+        True,
+        3,
+        1e-7,
+        "1e-3",
+    ],
+)
+def test_a_value_as_a_word_comes_back_from_the_command_line(value):
+    from pipelines.lib.config import as_word, scalar
+
+    back = scalar(as_word(value))
+    assert (back.value if hasattr(back, "value") and not isinstance(value, str) else back) == value
+
+
 def test_bad_input_is_one_line_and_exit_code_2(capsys):
     assert command(Config, lambda c: None, ["stepps=3"]) == 2
     assert capsys.readouterr().err == "error: stepps: Config has no field 'stepps'; did you mean 'steps'?\n"

@@ -169,9 +169,7 @@ class Checkpoints:
         for s in steps:
             spared = self.keep_every and s % self.keep_every == 0
             if f"step_{s}" not in keep and not spared:
-                # Without its manifest a folder is no checkpoint, so a kill inside rmtree leaves nothing half valid.
-                (self.run.checkpoints / f"step_{s}" / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(self.run.checkpoints / f"step_{s}", ignore_errors=True)
+                self.run.drop(f"step_{s}")
 
 
 def read_state(checkpoint: Path) -> State:

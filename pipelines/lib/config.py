@@ -69,7 +69,15 @@ def write_yaml(tree: Any) -> str:
     return yaml.dump(tree, sort_keys=False, allow_unicode=True, width=100, Dumper=_Dumper)
 
 
-class _Dumper(yaml.SafeDumper):
+def as_word(value: Any) -> str:
+    """A plain value as it is typed behind `key=`: text as it is, all else as YAML in one line."""
+    if isinstance(value, str):
+        return value
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": True, "width": 1 << 30}
+    return yaml.dump(value, Dumper=_Dumper, **style).removesuffix("\n").removesuffix("\n...")
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]  # libyaml's, where it is there
     """Writes what `Yaml` reads back: floats with a point or exponent, words that look like numbers quoted."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -186,8 +194,9 @@ def assemble(words: Sequence[str], cls: type, positional: str | None = None) -> 
         if key == "recipe" and (value is word or "recipe" not in names):
             laid = recipe(value, getattr(cls, "RECIPES", RECIPES))
             for name in getattr(cls, "BESIDE", ()):
-                if isinstance(laid.get(name), str) and (Path(value).parent / laid[name]).is_file():
-                    laid = {**laid, name: str((Path(value).parent / laid[name]).resolve())}
+                beside = Path(value).parent / str(laid.get(name))
+                if Path(value).is_file() and beside.is_file():
+                    laid = {**laid, name: str(beside.resolve())}
             tree = overlay(one_of(cls, tree, laid), laid)
             continue
         parsed: Any = scalar(value)

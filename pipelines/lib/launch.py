@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from models.families import IMPORTS
 from models.spec import ConfigError
@@ -113,6 +113,24 @@ def check_resources(config: TrainConfig, per_worker: dict[str, float]) -> None:
             )
 
 
+class Fit(threading.Thread):
+    """Ray's `fit` in a thread of its own, so that it leaves SIGINT and SIGTERM to us: a stop saves first.
+
+    error: what it raised, once it has ended.
+    """
+
+    def __init__(self, fit: Callable[[], Any]) -> None:
+        super().__init__(name="fit", daemon=True)
+        self.fit, self.error = fit, cast(BaseException | None, None)
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.fit()
+        except BaseException as error:
+            self.error = error
+
+
 def on_ray(job: dict[str, Any], config: TrainConfig, say: Callable[[str], None]) -> Outcome:
     """Train on config.num_workers workers of Ray Train, restarted up to max_failures times from the newest checkpoint.
 
@@ -155,17 +173,7 @@ def on_ray(job: dict[str, Any], config: TrainConfig, say: Callable[[str], None])
             worker_runtime_env={"env_vars": worker_environment(config)},
         ),
     )
-    caught: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            caught.append(error)
-
-    # In a thread of its own, so that Ray Train leaves SIGINT to us: a stop saves first.
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
+    thread = Fit(trainer.fit)
     outcome_file = attempt / "outcome.json"
     while thread.is_alive():
         thread.join(0.2)
@@ -176,7 +184,7 @@ def on_ray(job: dict[str, Any], config: TrainConfig, say: Callable[[str], None])
         if record.get("failure"):
             raise InputError(record["failure"])
         return Outcome(**record["outcome"])
-    error = caught[0] if caught else RuntimeError("Ray Train ended without an outcome")
+    error = thread.error or RuntimeError("Ray Train ended without an outcome")
     words = "".join(traceback.format_exception_only(error)).strip()
     raise RuntimeError(f"training failed after {config.max_failures} restarts: {words}") from error
 

@@ -1,4 +1,4 @@
-"""Whether a result can be written, asked before the work that makes it."""
+"""Where results go: whether they can be written there, asked before the work, and how a path is shown to people."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def check_writable(path: Path, setting: str) -> None:
         for folder in reversed(made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it: relative to where they stand, if it lies below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

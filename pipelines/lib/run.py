@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,17 @@ class Run:
             if path.name[5:].isdigit():
                 found.append(int(path.name[5:]))
         return sorted(found, reverse=True)
+
+    def drop(self, checkpoint: str) -> None:
+        """Delete a checkpoint and the pointers that name it.
+
+        Its manifest goes first: a kill in between leaves nothing half valid.
+        """
+        for name in ("last", "best"):
+            if self.pointed(name) == checkpoint:
+                (self.path / name).unlink()
+        (self.checkpoints / checkpoint / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints / checkpoint, ignore_errors=True)
 
     def newest_valid(
         self, say: Callable[[str], None] = lambda message: None, but: frozenset[str] = frozenset()

@@ -313,6 +313,6 @@ def test_a_stage_that_is_not_there_or_has_no_estimate_is_said(capsys):
     assert command.main(["trane"]) == 2
     assert "did you mean 'train'" in capsys.readouterr().err
     assert command.main(["demo"]) == 2
-    assert "there is none for this command" in capsys.readouterr().err
+    assert "there is no estimate of a stage 'demo'" in capsys.readouterr().err
     assert command.main(["--help"]) == 0
     assert "pipelines.estimate train" in capsys.readouterr().out

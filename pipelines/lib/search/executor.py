@@ -16,7 +16,6 @@ import logging
 import os
 import queue
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +25,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from pipelines.lib.config import InputError
+from pipelines.lib.launch import Fit
 from pipelines.lib.search.desk import Desk
 from pipelines.lib.search.guide import LOOK_S, Guide
 from pipelines.lib.search.trials import Done
@@ -119,33 +119,26 @@ def on_tune(guide: Guide, stop: Callable[[], str]) -> str:
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    caught: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            tuner.fit()
-        except BaseException as error:
-            caught.append(error)
-
-    # In a thread of its own, so that Tune leaves SIGINT and SIGTERM to us: pieces that run save first.
-    thread = threading.Thread(target=fit, name="tune", daemon=True)
-    thread.start()
+    thread = Fit(tuner.fit)
     try:
-        return hand_out(guide, lanes, thread, stop)
-    finally:
-        lanes.ending = True
+        reason = hand_out(guide, lanes, thread, stop)
         thread.join()
+    finally:  # after a third Ctrl-C, too: no lane waits for a job any more
+        lanes.ending = True
         ray.kill(desk)
-        if caught:
-            raise caught[0]
+    if thread.error is not None:
+        raise thread.error
+    if reason is None:
+        raise RuntimeError("Ray Tune ended before the search did")
+    return reason
 
 
-def hand_out(guide: Guide, lanes: Lanes, thread: threading.Thread, stop: Callable[[], str]) -> str:
-    """Give every free lane a piece and take what comes back, until the search ends. Returns why it did."""
+def hand_out(guide: Guide, lanes: Lanes, thread: Fit, stop: Callable[[], str]) -> str | None:
+    """Give every free lane a piece and take what comes back, until the search ends. Returns why; None: Tune ended."""
     assert lanes.events is not None
     free: list[str] = []
     busy: dict[str, int] = {}  # lane -> number of its trial
-    reason = ""
+    reason: str | None = None
     while thread.is_alive():
         try:
             lane, what, text = lanes.events.get(timeout=LOOK_S)
@@ -159,7 +152,7 @@ def hand_out(guide: Guide, lanes: Lanes, thread: threading.Thread, stop: Callabl
             free.remove(lane)
         if why := stop():
             guide.stop(why)
-        while free and not reason:
+        while free and reason is None:
             found = guide.next()
             if found is None:
                 break
@@ -168,9 +161,9 @@ def hand_out(guide: Guide, lanes: Lanes, thread: threading.Thread, stop: Callabl
                 break
             busy[free[0]] = found.number
             lanes.desk.put.remote(free.pop(0), found.job)
-        while reason and free:
+        while reason is not None and free:
             lanes.desk.put.remote(free.pop(0), None)
-    return reason or "Ray Tune ended early"
+    return reason
 
 
 def slots_of(asked: int | None, workers: int, cpus: float, gpus: float, cluster: dict[str, float]) -> int:

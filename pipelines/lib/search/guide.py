@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -76,7 +75,7 @@ class Guide:
             self.stopping = self.over_budget()
         while not self.stopping:
             if self.again:
-                return self._start(self.ledger.trials[self.again.pop(0)])
+                return self._start(self.again.pop(0))
             found = self.rule.next(self.study, self.ledger.trials)
             if isinstance(found, Done):
                 return self._finish(found)
@@ -94,13 +93,11 @@ class Guide:
         self.active.discard(number)
         row = self.ledger.rows[number]
         outcome = outcome or {"status": "failed", "metrics": {}, "cost": {}, "checkpoint": None, "error": error}
-        if outcome["status"] == "interrupted":
-            self.ledger.write("end", number=number, **outcome)
-            self.again.append(number)
-            return
         if outcome["status"] == "failed" and row["attempt"] <= self.config.retries:
             self.say(f"trial {number} failed and is tried again: {outcome['error']}")
-            self.ledger.write("end", number=number, **{**outcome, "status": "interrupted"})
+            outcome["status"] = "interrupted"
+        if outcome["status"] == "interrupted":
+            self.ledger.write("end", number=number, **outcome)
             self.again.append(number)
             return
         if outcome["checkpoint"]:
@@ -233,17 +230,19 @@ class Guide:
             self.say(f"trial {number} refused: {result['error']}")
         self.write_results()
 
-    def _start(self, trial: Trial) -> Work:
-        """Start a trial once more: it goes on from its checkpoint if it has one."""
-        row = self.ledger.rows[trial.number]
+    def _start(self, number: int, **changes: Any) -> Work:
+        """Start a trial once more: it goes on from its checkpoint if it has one. changes: of its line in the ledger."""
+        row = self.ledger.rows[number]
         again = {k: row[k] for k in row if k not in ("metrics", "cost", "checkpoint", "error", "status", "number")}
-        self.ledger.write("start", number=trial.number, **{**again, "attempt": row["attempt"] + 1})
-        return self._work(trial.number)
+        self.ledger.write("start", number=number, **{**again, "attempt": row["attempt"] + 1, **changes})
+        return self._work(number)
 
     def _work(self, number: int) -> Work:
         row = self.ledger.rows[number]
         folder = self.out / row["run"]
-        config = replace(self.study.train_config(row["settings"], row["seed"], str(folder)), keep_last=0)
+        keep_last = 0 if self.rule.looks_back else 1  # on the way; what ends a piece is the guide's to keep
+        config = replace(self.study.train_config(row["settings"], row["seed"], str(folder)), keep_last=keep_last)
+        hold = [Path(r["checkpoint"]).name for r in self.ledger.ended() if r["run"] == row["run"] and r["checkpoint"]]
         source = None
         if row["source"] is not None and self.ledger.rows[row["source"]]["run"] != row["run"]:
             source = self.ledger.rows[row["source"]]["checkpoint"]
@@ -252,7 +251,7 @@ class Guide:
         below = (objective.metric, sign, self._limit()) if row["share"] == 1.0 else None
         piece = {"until": row["until"], "keep": row["keep"], "below": below}
         self.active.add(number)
-        job = {"config": plain(config), "run": str(folder), "piece": piece}
+        job = {"config": plain(config), "run": str(folder), "piece": piece, "hold": hold}
         return Work(number, {**job, "source": str(self.out / source) if source else None})
 
     def _limit(self) -> float:
@@ -278,32 +277,20 @@ class Guide:
 
     def prune(self, last: bool = False) -> None:
         """Delete checkpoints that nothing goes on from: of whole trials all but the best `keep`, at the end all."""
-        held = [t for t in self._whole() if self._has(self.ledger.rows[t.number])]
-        held.sort(key=self.config.objective.loss)
-        stay = {self.ledger.rows[t.number]["checkpoint"] for t in held[: self.config.keep]}
-        if winner := self.winner_row():
-            stay.add(winner["checkpoint"])
         if self.rule.looks_back and not last:
             return
-        for row in self.ledger.rows.values():
-            if row["status"] in ("running", "refused") or not self._has(row) or row["checkpoint"] in stay:
+        held = [row for row in self.ledger.ended() if self._has(row)]
+        whole = [self.ledger.trials[row["number"]] for row in held if row["share"] == 1.0]
+        best = sorted(whole, key=self.config.objective.loss)[: self.config.keep]
+        stay = {self.ledger.rows[trial.number]["checkpoint"] for trial in best}
+        if winner := self.winner_row():
+            stay.add(winner["checkpoint"])
+        for row in held:
+            if row["checkpoint"] in stay or row["checkpoint"].startswith(".."):  # another search's
                 continue
-            if row["checkpoint"].startswith(".."):
-                continue  # another search's
-            later = any(
-                r["run"] == row["run"] and r["until"] > row["until"] and r["status"] != "running"
-                for r in self.ledger.rows.values()
-            )
-            if last or row["share"] == 1.0 or later:
-                self._drop(self.out / row["checkpoint"])
-
-    def _drop(self, checkpoint: Path) -> None:
-        """Delete a checkpoint, and the pointers of its run that name it."""
-        run = Run(checkpoint.parent.parent)
-        for name in ("last", "best"):
-            if run.pointed(name) == checkpoint.name:
-                (run.path / name).unlink()
-        shutil.rmtree(checkpoint, ignore_errors=True)
+            if last or row["share"] == 1.0 or self._reached(row["run"]) > row["until"]:
+                checkpoint = self.out / row["checkpoint"]
+                Run(checkpoint.parent.parent).drop(checkpoint.name)
 
     def winner_row(self) -> dict[str, Any] | None:
         """The best whole trial among those of the winning settings, by objective."""
@@ -320,12 +307,11 @@ class Guide:
             return None  # a running trial may still fail and be tried again
         row = self.winner_row()
         if row is not None and not self._has(row) and row["attempt"] <= self.config.retries + 1:
-            number = row["number"]
-            if row["same_as"] is not None:  # the trial that it was taken from may be another search's: train it here
-                row |= {"run": f"trials/{row['id']}-s{row['seed']}", "same_as": None}
-            self.say(f"trial {number} is the winner and left no checkpoint; it is trained again for one")
-            self.ledger.rows[number]["keep"] = True
-            return self._start(self.ledger.trials[number])
+            self.say(f"trial {row['number']} is the winner and left no checkpoint; it is trained again for one")
+            if row["same_as"] is None:
+                return self._start(row["number"], keep=True)
+            own = f"trials/{row['id']}-s{row['seed']}"  # the trial that it was taken from may be another search's
+            return self._start(row["number"], keep=True, run=own, same_as=None)
         return done
 
     def close(self, reason: str) -> None:

@@ -15,27 +15,27 @@ from typing import Any, ClassVar
 
 from models.families import IMPORTS
 from models.spec import ConfigError, build, fields, flatten, near, plain
-from pipelines.lib.config import RECIPES, InputError, defaults_under, override, recipe, write_yaml
+from pipelines.lib.config import RECIPES, InputError, as_word, defaults_under, one_of, override, recipe
 from pipelines.lib.search.rules import Sweep
 from pipelines.lib.search.space import Space, unknown_keys
 from pipelines.lib.search.trials import Objective, Rule
 from pipelines.lib.search.worker import METRICS
-from pipelines.lib.training import HOW, LENGTHS, TrainConfig
+from pipelines.lib.training import HOW, TrainConfig
 
 RECIPE = "recipe.yaml"  # in the search's folder: the recipe as it was when the search began
 SPACES = Path(__file__).resolve().parents[3] / "tune_spaces"
-OWN = {  # settings of a training run that a search sets itself -> where
-    "data": "data=",
-    "out": "out=",
-    "seed": "seeds= and first_seed=",
-    "num_workers": "workers=",
-    "cpus_per_worker": "cpus_per_worker=",
-    "gpus_per_worker": "gpus_per_worker=",
-    "verify": "nothing: data is checked once",
-    "track": "track=",
-    "experiment": "experiment=",
-    "name": "name=",
-    "tags": "nothing: MLflow has the trial's settings",
+OWN = {  # settings of a training run that a search sets itself -> what to do instead
+    "data": "give data= to the search",
+    "out": "give out= to the search",
+    "seed": "give seeds= and first_seed= to the search",
+    "num_workers": "give workers= to the search",
+    "cpus_per_worker": "give cpus_per_worker= to the search",
+    "gpus_per_worker": "give gpus_per_worker= to the search",
+    "verify": "the data is checked once, when the search begins",
+    "track": "give track= to the search",
+    "experiment": "give experiment= to the search",
+    "name": "give name= to the search",
+    "tags": "MLflow shows a trial by its settings",
 }
 BETTER = {"val/bpb": "min", "val/nll": "min", "val/ppl": "min", "val/score": "max"}  # of the others either may be meant
 # How a trial is carried out, not what it computes. (Another micro-batch has other dropout masks, so it counts.)
@@ -143,7 +143,7 @@ class Study:
         varied = {key.split(".")[0] for key in self.space.keys()}  # noqa: SIM118  # a method of its own
         for where, keys in (("vary", varied), ("fixed", {key.split(".")[0] for key in config.fixed})):
             for key in sorted(keys & set(OWN)):
-                raise InputError(f"{where}: {key} belongs to the search itself; beside {where}, {OWN[key]} sets it")
+                raise InputError(f"{where}: {key} belongs to the search itself; {OWN[key]}")
         self.ignored = NOT_COMPUTED - varied
         self.vocab_size = max(folder.vocab_size for folder in folders)
         self.fingerprints = [folder.fingerprint for folder in folders]
@@ -227,15 +227,9 @@ class Study:
             **({} if config.samples else {"sample_prompts": []}),
         }
         changes = {**config.fixed, **json.loads(settings)}
-        lengths = [key for key in changes if key in LENGTHS and changes[key] is not None]
-        if lengths:
-            tree = {k: v for k, v in tree.items() if k not in LENGTHS}
         for key, value in {**own, **changes, "seed": seed}.items():
-            tree = override(tree, key, value)
-        try:
-            built = build(TrainConfig, defaults_under(TrainConfig, tree))
-        except ConfigError as error:
-            raise ConfigError(str(error)) from None
+            tree = override(one_of(TrainConfig, tree, {key: value}), key, value)
+        built = build(TrainConfig, defaults_under(TrainConfig, tree))
         if built.model.vocab_size is None:
             built = dc.replace(built, model=dc.replace(built.model, vocab_size=self.vocab_size))
         elif built.model.vocab_size < self.vocab_size:
@@ -269,7 +263,7 @@ class Study:
         for key in ("cpus_per_worker", "gpus_per_worker"):
             if getattr(self.config, key) != usual[key]:
                 words[key] = getattr(self.config, key)
-        said = [f"{key}={value_word(value)}" for key, value in words.items()]
+        said = [f"{key}={as_word(value)}" for key, value in words.items()]
         named = (RECIPES / f"{self.config.recipe}.yaml").is_file()
         name = self.config.recipe if named else str(Path(self.config.out) / RECIPE)
         parts = ["python", "-m", "pipelines.train", name, f"data={self.config.data}", *said, f"out={out}"]
@@ -279,21 +273,3 @@ class Study:
 
 def _known(name: str) -> bool:
     return Path(name).is_file() or (RECIPES / f"{name}.yaml").is_file()
-
-
-def value_word(value: Any) -> str:
-    """A value as it is typed behind `key=`."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return value
-    text = write_yaml(value) if not isinstance(value, (dict, list)) else _flow(value)
-    return text.strip().removesuffix("...").strip()
-
-
-def _flow(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_flow(v) for v in value) + "]"
-    return value_word(value)

@@ -29,8 +29,9 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
     """Train one piece and say what came of it.
 
     job: {"config": plain TrainConfig, "run": absolute folder, "piece": fields of loop.Piece, "source": folder of the
-    checkpoint to take over or None}.  Returns {"status", "metrics", "cost", "checkpoint", "error"}; status `done`
-    (also when the loss diverged: then it is NaN), `refused` for input that cannot be, `interrupted`, or `failed`.
+    checkpoint to take over or None, "hold": names of the checkpoints that earlier pieces left}.  Returns {"status",
+    "metrics", "cost", "checkpoint", "error"}; status `done` (also when the loss diverged: then it is NaN), `refused`
+    for input that cannot be, `interrupted`, or `failed`.
     """
     run, until = Run(job["run"]), job["piece"]["until"]
     try:
@@ -55,8 +56,14 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
         return _said(run, "failed", {}, " ".join(f"{type(error).__name__}: {error}".split())[:500])
     if outcome.step < until and run.stop_request.exists():
         return _said(run, "interrupted", {}, "stopped")
+    own = f"step_{outcome.step}"
+    for step in run.steps():  # those on the way were for a kill; the one at the end is there if it is wanted
+        if f"step_{step}" not in (own, *job["hold"]):
+            run.drop(f"step_{step}")
+    whole = (run.checkpoints / own).is_dir() and not damage(run.checkpoints / own)
     row = figures(row_at(run.metrics, outcome.step) or {})
-    return _said(run, "done", {k: v for k, v in row.items() if k.startswith("val/")}, outcome.stopped or "")
+    metrics = {k: v for k, v in row.items() if k.startswith("val/")}
+    return _said(run, "done", metrics, outcome.stopped or "", f"checkpoints/{own}" if whole else None)
 
 
 def _train(job: dict[str, Any], config: TrainConfig) -> Any:
@@ -103,14 +110,14 @@ def take_over(run: Run, checkpoint: Path) -> None:
             append(run.metrics, row)
 
 
-def _said(run: Run, status: str, metrics: dict[str, float], error: str) -> dict[str, Any]:
+def _said(
+    run: Run, status: str, metrics: dict[str, float], error: str, checkpoint: str | None = None
+) -> dict[str, Any]:
     cost = json.loads((run.path / COST).read_text()) if (run.path / COST).is_file() else {}
-    newest = max(run.steps(), default=None)
-    whole = newest is not None and not damage(run.checkpoints / f"step_{newest}")
     return {
         "status": status,
         "metrics": metrics,
         "cost": {k: v for k, v in cost.items() if isinstance(v, int | float)},
-        "checkpoint": f"checkpoints/step_{newest}" if whole else None,
+        "checkpoint": checkpoint,
         "error": error,
     }
