@@ -53,6 +53,11 @@ class At(NamedTuple):
         pos = torch.arange(start, start + T, device=device).expand(B, T)
         return cls(pos, upto=start + T, start=start)
 
+    def add_loss(self, name: str, loss: Tensor) -> None:
+        """A part's own training loss per token (a scalar, load balance for one), which the training loss adds up."""
+        assert self.tables is not None
+        self.tables.setdefault("losses", []).append((name, loss))
+
 
 class Mem:
     """Tensors of one block application. `append` writes new tokens and returns all; `read`/`write` carry a state."""

@@ -16,7 +16,8 @@ from torch import nn
 class Role(NamedTuple):
     """init: how a parameter starts. `normal` draws N(0, std), `residual` N(0, std / sqrt(branches)), where branches is
     the number of branches added to the residual stream (2 per layer), so that its scale at initialisation does not
-    grow with depth (GPT-2). `given` takes the number in the module's `initial[name]`.
+    grow with depth (GPT-2). `given` takes what the module's `initial[name]` holds: a number, or a function that fills
+    the parameter in place.
     decay: whether weight decay pulls on it.
     """
 
@@ -70,7 +71,8 @@ def initialise(module: nn.Module, std: float, branches: int) -> None:
         elif role.init == "residual":
             parameter.normal_(0.0, std / math.sqrt(branches))
         elif role.init == "given":
-            parameter.fill_(module.initial[name])  # type: ignore[index]
+            start = module.initial[name]  # type: ignore[index]
+            start(parameter) if callable(start) else parameter.fill_(start)
         else:
             parameter.fill_(1.0 if role.init == "ones" else 0.0)
     if hasattr(module, "rebuild_buffers"):

@@ -89,7 +89,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, at: At, mem: Mem | None = None, shared: tuple = ()) -> tuple[Tensor, tuple]:
         y, shared = self.mixer(self.mixer_norm(x), at, mem, shared)  # [B, T, D]
         x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.mlp_norm(x))), shared
+        return x + self.drop(self.mlp(self.mlp_norm(x), at)), shared
 
     def drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout, self.training) if self.dropout else y

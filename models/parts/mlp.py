@@ -1,4 +1,8 @@
-"""Per-token feed-forward networks.   D model width, M hidden width."""
+"""Per-token feed-forward networks.   D model width, M hidden width.
+
+A network is a module `forward(x [B, T, D], at) -> [B, T, D]`; `at` says where the tokens stand, and a network with a
+loss of its own (load balance) hands it to `at.add_loss`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from models.memory import At
 from models.parts.activation import GELU, Activation, SiLU
 from models.parts.linear import Dense, Linear
 from models.spec import Part
@@ -108,7 +113,7 @@ class PlainMLP(nn.Module):
         self.down = spec.linear.build(m, d, bias, "residual")
         self.act: Callable[[Tensor], Tensor] = spec.activation.build()
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
+    def forward(self, x: Tensor, at: At) -> Tensor:  # [B, T, D]
         return self.down(self.act(self.up(x)))
 
 
@@ -122,7 +127,7 @@ class GatedMLP(nn.Module):
         self.down = spec.linear.build(m, d, bias, "residual")
         self.act: Callable[[Tensor], Tensor] = spec.activation.build()
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
+    def forward(self, x: Tensor, at: At) -> Tensor:  # [B, T, D]
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(self.act(gate) * up)
 

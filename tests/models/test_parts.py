@@ -176,7 +176,7 @@ def test_plain_mlp_is_its_formula():
     mlp = spec.mlp.build(spec)
     x = torch.randn(2, 3, 16)
     want = F.gelu(x @ mlp.up.weight.T + mlp.up.bias) @ mlp.down.weight.T + mlp.down.bias
-    torch.testing.assert_close(mlp(x), want)
+    torch.testing.assert_close(mlp(x, At.full(*x.shape[:2])), want)
 
 
 def test_swiglu_is_its_formula_and_gate_comes_first():
@@ -184,7 +184,7 @@ def test_swiglu_is_its_formula_and_gate_comes_first():
     mlp = spec.mlp.build(spec)
     gate, up = mlp.gate_up.weight.split(24)
     x = torch.randn(2, 3, 16)
-    torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down.weight.T)
+    torch.testing.assert_close(mlp(x, At.full(*x.shape[:2])), (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down.weight.T)
 
 
 def test_default_widths():
