@@ -23,17 +23,20 @@ from torch import Tensor
 
 from serving.backends import Feed, backend_for, context_of
 from serving.sampling import (
+    Draw,
     RequestError,
     Sampler,
     SamplingParams,
     TokenLogprob,
     choose,
+    draws_of,
     logprobs_of,
     seed_of_sample,
 )
 from serving.text import Detokenizer, StopStrings, TokenBytes, detokenizer
 
 __all__ = [
+    "Draw",
     "Engine",
     "EngineStopped",
     "EngineThread",
@@ -88,6 +91,7 @@ class Request:
     text: released, hence final (a stop string's beginning, or half a character, is held back).
     tokens: generated ids, including one that ended the generation.  offsets: where in the text each token begins.
     logprobs, prompt_logprobs: aligned with tokens and prompt (the first prompt token has None); empty unless asked for.
+    draws: what each token was drawn from; empty unless asked for.
     finish_reason: None while running; then stop, length, cancelled or error (with `error` in words).
     cut: a stop string ended the text, so the last tokens may lie behind it.
     listener: called by the engine's thread after each step that changed the request.
@@ -101,6 +105,7 @@ class Request:
     offsets: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
     cancelled: bool = False
@@ -170,6 +175,7 @@ class Engine:
         self.live: list[Request] = []  # live[i] is in row i
         self.counts = {"prompt_tokens": 0, "generated_tokens": 0, "finished": 0, "steps": 0}
         self._backend: Any = None
+        self._directions: Tensor | None = None  # made when the first request wants them
         self._lock = threading.Lock()  # guards `waiting`
         self._sweep = False  # a waiting or running request was cancelled
 
@@ -217,7 +223,7 @@ class Engine:
         if unknown is not None:
             name = "logit_bias" if unknown in params.logit_bias else "stop_token_ids"
             raise RequestError(f"{name}: token id {unknown} is not in 0..{self.vocab - 1}", param=name)
-        for name in ("logprobs", "prompt_logprobs"):
+        for name in ("logprobs", "prompt_logprobs", "draws"):
             if (getattr(params, name) or 0) > self.vocab:
                 raise RequestError(f"{name}={getattr(params, name)} exceeds the vocabulary's {self.vocab}", param=name)
         return ids
@@ -321,10 +327,18 @@ class Engine:
             request.row = len(self.live)
             self.live.append(request)
             self._backend.begin(request.row)
-            request.sampler = Sampler(request.params, request.prompt, self.choosable, self.device)
+            near = self.directions() if request.params.cosine_penalty else None
+            request.sampler = Sampler(request.params, request.prompt, self.choosable, self.device, near)
             if self.token_bytes is not None:
                 request.detokenizer = detokenizer(self.token_bytes, request.prompt)
             request.stops = StopStrings(request.params.stop)
+
+    def directions(self) -> Tensor:
+        """[tokens that can be chosen, D]: the model's embeddings in float32, each scaled to length 1."""
+        if self._directions is None or not self.dedicated:  # in training they move
+            rows = self.model.get_input_embeddings().weight.detach()[: self.choosable].float()
+            self._directions = torch.nn.functional.normalize(rows, dim=-1)
+        return self._directions
 
     def _read(self, reading: list[Request]) -> None:
         """One chunk of prompts: the oldest first, with others beside it as far as the padded batch fits the chunk."""
@@ -365,6 +379,13 @@ class Engine:
             tops = [requests[ready[k]].params.logprobs or 0 for k in asked]
             for k, entry in zip(asked, logprobs_of(rows, [tokens[k] or 0 for k in asked], tops), strict=True):
                 requests[ready[k]].logprobs.append(entry)
+        asked = [k for k, i in enumerate(ready) if requests[i].params.draws is not None and tokens[k] is not None]
+        if asked:
+            some = [requests[ready[k]] for k in asked]
+            rows = logits if len(asked) == len(ready) else logits[torch.tensor(asked, device=logits.device)]
+            found = draws_of(rows, [tokens[k] or 0 for k in asked], [samplers[k] for k in asked], self.choosable)
+            for request, draw in zip(some, found, strict=True):
+                request.draws.append(draw)
         for i, token in zip(ready, tokens, strict=True):
             self._accept(requests[i], token)
 

@@ -7,6 +7,7 @@ row does not depend on its neighbours; the one random number of a draw comes fro
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,6 +45,9 @@ class SamplingParams:
     seed: makes the draws repeatable, whatever else is in the batch; None draws a fresh one
     logprobs: log-probabilities of generated tokens and this many most likely ones (0: the token's own only)
     prompt_logprobs: the same for the prompt's tokens
+    cosine_penalty: (N, a): a token's logit loses a times the largest cosine of its embedding with one of the last N
+        tokens' (prompt included)
+    draws: note for each generated token what it was drawn from, with this many of the most likely tokens
     """
 
     max_tokens: int | None = 128
@@ -61,6 +65,8 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    cosine_penalty: tuple[int, float] | None = None
+    draws: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -78,6 +84,13 @@ class SamplingParams:
             ("stop", all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
             ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more"),
+            (
+                "cosine_penalty",
+                self.cosine_penalty is None
+                or (self.cosine_penalty[0] >= 1 and abs(self.cosine_penalty[1]) < float("inf")),
+                "a number of tokens, at least 1, and a finite strength",
+            ),
+            ("draws", self.draws is None or self.draws >= 0, "0 or more"),
         )
         for name, good, wanted in rules:
             if not good:
@@ -96,15 +109,46 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Draw(NamedTuple):
+    """What one token was drawn from: p, the model's distribution (no temperature, no rule), and q, that after them all.
+
+    id: the token.  logit: its raw logit.  logprob: ln p of it.  entropy: of p, in nats.  rank: 1 + the tokens with
+    more p.  above: p of these together.  drawn: q of the token.  kept: tokens with q above 0.  kl: KL(q' || p'), nats,
+    of the distributions at the temperature after and before the cosine penalty, no token cut off; 0 without one.
+    top: the most likely tokens under p, as (id, ln p, q).
+    """
+
+    id: int
+    logit: float
+    logprob: float
+    entropy: float
+    rank: int
+    above: float
+    drawn: float
+    kept: int
+    kl: float
+    top: tuple[tuple[int, float, float], ...]
+
+
 def seed_of_sample(seed: int | None, index: int) -> int | None:
     """The seed of sample number `index` of one request; sample 0 has the request's own."""
     return None if seed is None else (seed ^ (index * 0x9E3779B97F4A7C15)) & (2**63 - 1)
 
 
 class Sampler:
-    """One request's part in the draw: its generator and the tokens it has seen."""
+    """One request's part in the draw: its generator and the tokens it has seen.
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab: int, device: torch.device) -> None:
+    directions: [vocab, D], the embeddings scaled to length 1; needed for a cosine penalty only.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocab: int,
+        device: torch.device,
+        directions: Tensor | None = None,
+    ) -> None:
         self.params = params
         self.generator: torch.Generator | None = None
         if not params.greedy:
@@ -125,16 +169,27 @@ class Sampler:
                 torch.tensor(ids, dtype=torch.long, device=device),
                 torch.tensor([params.logit_bias[i] for i in ids], dtype=torch.float32, device=device),
             )
-        self.changes_logits = any(t is not None for t in (self.seen, self.counts, self.bias))
+        self.directions = directions if params.cosine_penalty else None
+        self.recent: deque[int] = deque(maxlen=params.cosine_penalty[0] if params.cosine_penalty else 0)
+        self.recent.extend(i for i in prompt if i < vocab)
+        self.changes_logits = any(t is not None for t in (self.seen, self.counts, self.bias, self.directions))
 
     def saw(self, token: int) -> None:
         if self.seen is not None:
             self.seen[token] = True
         if self.counts is not None:
             self.counts[token] += 1
+        self.recent.append(token)
 
-    def penalised(self, x: Tensor) -> Tensor:
-        """x: [V] float32 logits. Returns them after penalties and bias."""
+    def too_near(self) -> Tensor | None:
+        """[V]: what the cosine penalty takes from each logit; None without one."""
+        if self.directions is None or not self.recent or self.params.cosine_penalty is None:
+            return None
+        last = self.directions[torch.tensor(list(self.recent), device=self.directions.device)]
+        return self.params.cosine_penalty[1] * (self.directions @ last.T).amax(-1)
+
+    def penalised(self, x: Tensor, cosine: bool = True) -> Tensor:
+        """x: [V] float32 logits. Returns them after penalties and bias. cosine: whether that penalty counts."""
         p = self.params
         if self.seen is not None:
             x = torch.where(self.seen, torch.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty), x)
@@ -142,7 +197,8 @@ class Sampler:
             x = x - p.frequency_penalty * self.counts - p.presence_penalty * (self.counts > 0)
         if self.bias is not None:
             x = x.index_add(0, *self.bias)
-        return x
+        near = self.too_near() if cosine else None
+        return x if near is None else x - near
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
@@ -233,3 +289,57 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], n_top: Sequence[int]) -> 
         for t, lp, n, top_ids, top in zip(some, own, wanted, ids.tolist(), values.tolist(), strict=True):
             out.append(TokenLogprob(t, lp, tuple(zip(top_ids[:n], top[:n], strict=True))))
     return out
+
+
+def draws_of(logits: Tensor, tokens: Sequence[int], samplers: Sequence[Sampler], choosable: int) -> list[Draw]:
+    """What each of `tokens` [N] was drawn from, under logits [N, V]; to be asked before the samplers see the tokens.
+
+    choosable: tokens that can be chosen; rows behind them have p, and q = 0.  At a temperature of 0 q is one-hot.
+    """
+    wide = logits.float()
+    table = wide.log_softmax(-1)  # the same as in `logprobs_of`
+    p = table.exp()
+    at = torch.tensor(tokens, device=table.device)[:, None]
+    own = table.gather(-1, at)
+    better = table > own
+    q, kl = _drawn_from(wide[:, :choosable], at, samplers)
+    q = torch.nn.functional.pad(q, (0, table.shape[-1] - q.shape[-1]))
+    columns = (
+        wide.gather(-1, at)[:, 0],
+        own[:, 0],
+        torch.special.entr(p).sum(-1),
+        better.sum(-1) + 1,
+        (p * better).sum(-1),
+        q.gather(-1, at)[:, 0],
+        (q > 0).sum(-1),
+    )
+    most = min(max(s.params.draws or 0 for s in samplers), table.shape[-1])
+    values, ids = table.topk(most, -1)
+    shares = q.gather(-1, ids)
+    figures = zip(*(c.tolist() for c in columns), kl, strict=True)
+    lists = zip(ids.tolist(), values.tolist(), shares.tolist(), strict=True)
+    out = []
+    for token, s, figure, (some, logprobs, each) in zip(tokens, samplers, figures, lists, strict=True):
+        n = s.params.draws or 0
+        out.append(Draw(token, *figure, tuple(zip(some[:n], logprobs[:n], each[:n], strict=True))))
+    return out
+
+
+def _drawn_from(x: Tensor, at: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, list[float]]:
+    """q [N, V] of logits x [N, V] whose chosen tokens are `at` [N, 1], and what the cosine penalty changed (nats)."""
+    x = x.nan_to_num(nan=-float("inf"), posinf=torch.finfo(torch.float32).max, neginf=-float("inf"))
+    params = [s.params for s in samplers]
+    after = torch.stack([s.penalised(row) for s, row in zip(samplers, x, strict=True)])
+    kl = [0.0] * len(params)
+    for i, s in enumerate(samplers):
+        if s.directions is not None:
+            heat = 1.0 if s.params.greedy else s.params.temperature
+            new, old = ((y / heat).log_softmax(-1) for y in (after[i], s.penalised(x[i], cosine=False)))
+            both = new > -float("inf")
+            kl[i] = float((new.exp() * (new - old))[both].sum())
+    q = torch.zeros_like(after).scatter_(-1, at, 1.0)  # greedy
+    drawn = [i for i, p in enumerate(params) if not p.greedy]
+    if drawn:
+        probs = distribution(after[drawn], [params[i] for i in drawn])
+        q[drawn] = probs / probs.sum(-1, keepdim=True)
+    return q, kl
