@@ -321,7 +321,8 @@ def draws_of(logits: Tensor, tokens: Sequence[int], samplers: Sequence[Sampler],
     out = []
     for token, s, figure, (some, logprobs, each) in zip(tokens, samplers, figures, lists, strict=True):
         n = s.params.draws or 0
-        out.append(Draw(token, *figure, tuple(zip(some[:n], logprobs[:n], each[:n], strict=True))))
+        top = tuple(zip(some[:n], logprobs[:n], each[:n], strict=True))
+        out.append(Draw(token, *figure, top=top))
     return out
 
 
