@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.cost import Ops, elementwise
 from models.roles import mark
 from models.spec import Part
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Norm(Part):
-    """A kind of norm: `build(d, bias)` and `n_parameters(d, bias)`; bias is the family's default."""
+    """A kind of norm over width d: `build`, `n_parameters`, `ops` (of one token); bias is the family's default."""
 
     kinds: ClassVar[dict[str, type]]
 
@@ -25,6 +26,9 @@ class Norm(Part):
         raise NotImplementedError
 
     def n_parameters(self, d: int, bias: bool) -> int:
+        raise NotImplementedError
+
+    def ops(self, d: int, bias: bool) -> Ops:
         raise NotImplementedError
 
     def refuses(self, block: BlockSpec) -> str | None:
@@ -50,6 +54,10 @@ class LayerNorm(Norm):
     def n_parameters(self, d: int, bias: bool) -> int:
         return d * (2 if (self.bias if self.bias is not None else bias) else 1)
 
+    def ops(self, d: int, bias: bool) -> Ops:
+        shift = 1 if (self.bias if self.bias is not None else bias) else 0
+        return elementwise(d, multiplies=3, additions=3 + shift) + Ops(divisions=2, reductions=2)
+
     def refuses(self, block: BlockSpec) -> str | None:
         return _eps(self.eps)
 
@@ -68,6 +76,9 @@ class RMSNorm(Norm):
 
     def n_parameters(self, d: int, bias: bool) -> int:
         return d
+
+    def ops(self, d: int, bias: bool) -> Ops:
+        return elementwise(d, multiplies=3, additions=1) + Ops(divisions=2, reductions=1)
 
     def refuses(self, block: BlockSpec) -> str | None:
         return _eps(self.eps)
