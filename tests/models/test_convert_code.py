@@ -1,0 +1,198 @@
+"""A model's code as flat files: nothing of ours is imported any more, and what a user wrote travels too."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from transformers import dynamic_module_utils as dynamic
+
+from models.convert.code import closure, read_source, rewritten, write_code
+from models.families import create, preset
+from models.spec import ConfigError
+
+TINY = dataclasses.replace(preset("tiny"), vocab_size=61)
+
+
+HELPER = """import math
+
+
+def scale(x):
+    return math.sqrt(0.25) * x
+
+
+class Halved:
+    pass
+"""
+PARTS = """from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from models.parts.norm import Norm, RMSNorm
+from travelling_lab import helper as other
+from travelling_lab.helper import (
+    Halved,
+    scale,  # with a comment
+)
+
+if TYPE_CHECKING:
+    from models.loss import Loss
+
+
+class Module(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        assert other.Halved is Halved
+        return scale(self.norm(x))
+
+
+@dataclass(frozen=True)
+class Half(RMSNorm):
+    def build(self, d, bias):
+        return Module(super().build(d, bias))
+
+
+Norm.kinds["travelling_half"] = Half
+"""
+
+
+@pytest.fixture
+def modules_cache(tmp_path, monkeypatch):
+    """Where transformers copies a folder's code to, for this test alone."""
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    write_code(model, folder)
+    return folder
+
+
+def opened(folder):
+    """The folder's model by the folder's own classes, whatever this process has registered."""
+    names = json.loads((folder / "config.json").read_text())["auto_map"]
+    config = dynamic.get_class_from_dynamic_module(names["AutoConfig"], str(folder)).from_pretrained(folder)
+    model_class = dynamic.get_class_from_dynamic_module(names["AutoModelForCausalLM"], str(folder))
+    return model_class.from_pretrained(folder, config=config).eval()
+
+
+def imported(text):
+    """Top-level packages that a file imports, its neighbours left out."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+def user_package(folder, monkeypatch, name, **files):
+    """A package that is importable for this test."""
+    (folder / name).mkdir(parents=True)
+    for stem, text in {"__init__": "", **files}.items():
+        (folder / name / f"{stem}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+
+
+@torch.no_grad()
+def test_the_folder_s_own_classes_give_the_same_logits_and_import_nothing_of_ours(tmp_path, modules_cache):
+    model = create(TINY).eval()
+    folder = saved(model, tmp_path / "hf")
+    files = sorted(folder.glob("*.py"))
+    for path in files:
+        compile(path.read_text(), path, "exec")
+        assert set(imported(path.read_text())) <= {"torch", "transformers", *sys.stdlib_module_names}
+    again = opened(folder)
+    assert type(again) is not type(model) and type(again).__module__.startswith("transformers_modules.")
+    assert all(
+        sys.modules[base.__module__].__name__.startswith(("transformers", "torch", "builtins"))
+        for base in type(again).__mro__
+    )
+    ids = torch.randint(0, 61, (2, 9))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_a_user_s_family_travels_without_its_registration(tmp_path, modules_cache):
+    from tests.made_up import Looped
+
+    model = create(Looped(vocab_size=61)).eval()
+    folder = saved(model, tmp_path / "hf")
+    assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoConfig"] == "tests_made_up.LoopedConfig"
+    text = (folder / "tests_made_up.py").read_text()
+    assert "register" not in text and not (folder / "models_families.py").exists()
+    ids = torch.randint(0, 61, (2, 9))
+    assert torch.equal(opened(folder)(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_user_s_part_travels_with_its_helpers_and_is_known_when_the_config_is_built(
+    tmp_path, modules_cache, monkeypatch
+):
+    user_package(tmp_path / "lab", monkeypatch, "travelling_lab", helper=HELPER, parts=PARTS)
+    from models.parts.norm import Norm
+
+    half = importlib.import_module("travelling_lab.parts").Half
+    try:
+        model = create(dataclasses.replace(TINY, norm=half())).eval()
+        folder = saved(model, tmp_path / "hf")
+        ids = torch.randint(0, 61, (2, 9))
+        want = model(ids).logits
+    finally:
+        del Norm.kinds["travelling_half"]
+    assert {"travelling_lab_parts.py", "travelling_lab_helper.py"} <= {p.name for p in folder.glob("*.py")}
+    assert not (folder / "models_loss.py").exists()
+    assert torch.equal(opened(folder)(ids).logits, want)
+
+
+def test_imports_that_others_may_not_have_are_guarded_and_ours_are_rewritten(tmp_path, monkeypatch):
+    text = (
+        "import json, math\n"
+        "def f():\n"
+        "    import absent_package as ap\n"
+        "    é = 'é'; from travelling.b import (x,\n        y as z); é += x\n"
+        "    return ap\n"
+        "try:\n    import absent_too\nexcept ImportError:\n    absent_too = None\n"
+        "from . import b\n"
+    )
+    user_package(tmp_path, monkeypatch, "travelling", a=text, b="x = y = 1\n")
+    sources = closure(["travelling.a"])
+    assert set(sources) == {"travelling.a", "travelling.b"}
+    out = rewritten(sources["travelling.a"], set(sources))
+    assert dynamic.get_imports(str(_file(tmp_path / "out.py", out))) == ["json", "math"]
+    assert "    é = 'é'; from .travelling_b import x, y as z; é += x\n" in out and "import absent_package as ap" in out
+    assert "from . import travelling_b as b" in out
+    assert set(dynamic.get_relative_imports(tmp_path / "out.py")) == {"travelling_b"}
+
+
+def test_an_import_that_cannot_be_followed_is_named_with_its_line(tmp_path, monkeypatch):
+    user_package(tmp_path, monkeypatch, "travelling_wrong", a="import os\nimport models.spec\n")
+    with pytest.raises(ConfigError, match=r"a\.py line 2: write `from models.spec import"):
+        read_source("travelling_wrong.a")
+    user_package(tmp_path, monkeypatch, "travelling_too", a="def f():\n    x = 1; import absent_package\n")
+    with pytest.raises(ConfigError, match=r"travelling_too\.a line 2: give this import a line of its own"):
+        rewritten(read_source("travelling_too.a"), {"travelling_too.a"})
+    with pytest.raises(ConfigError, match="typed_in has no source file"):
+        read_source("typed_in")
+
+
+def _file(path, text):
+    path.write_text(text)
+    return path
