@@ -6,14 +6,22 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from models.cost import Ops, product
 from models.parts.block import BlockSpec
+from models.parts.embedding import Embedding, Table
+from models.parts.norm import Norm
+from models.parts.softmax import PlainSoftmax, Softmax
 from models.spec import ConfigError, Part, build, fields, near, plain
 
 FORMAT_VERSION = 1  # of config.json; raised when a field changes its meaning, with a migration in FamilyConfig
 
 
 class Family(Part):
-    """A family's spec: a frozen dataclass of plain numbers and parts. All of them have the fields named here."""
+    """A family's spec: a frozen dataclass of plain numbers and parts.
+
+    All of them have the fields that are only named here. Those with a value are what a family may offer: it has the
+    value unless its own dataclass makes a field of it (`GPT` says what each means).
+    """
 
     kinds: ClassVar[dict[str, type]]
     vocab_size: int | None
@@ -22,6 +30,13 @@ class Family(Part):
     dropout: float
     tie_embeddings: bool
     init_std: float
+    embedding: Embedding = Table()
+    embedding_norm: Norm | None = None
+    position_norm: Norm | None = None
+    final_norm: Norm | None = None
+    head_norm: Norm | None = None
+    logit_softcap: float | None = None
+    output_softmax: Softmax = PlainSoftmax()
 
     def blocks(self) -> tuple[BlockSpec, ...]:
         """One spec per layer, per-layer lists resolved."""
@@ -30,6 +45,38 @@ class Family(Part):
     def n_parameters(self) -> int:
         """Trainable parameters, by formula; a tied head counts once. Needs vocab_size."""
         raise NotImplementedError
+
+    def ops(self, T: int) -> Ops:
+        """Operations of one forward pass per token at context T, the head's included. Needs vocab_size."""
+        raise NotImplementedError
+
+    def outer_norms(self) -> tuple[tuple[Norm, int], ...]:
+        """The norms outside the blocks that every token passes, with their widths."""
+        last, d = self.blocks()[-1], self.d_model
+        norms = (self.embedding_norm, self.position_norm, self.final_norm or last.norm)
+        return tuple((norm, d) for norm in norms if norm is not None)
+
+    def outer_parameters(self) -> int:
+        """Parameters outside the blocks: table, head, their change of width and norms, positions, the output's own."""
+        last, d = self.blocks()[-1], self.d_model
+        width = self.embedding.width(d)
+        total = self.vocab * width * (1 if self.tie_embeddings else 2) + self.embedding.n_parameters(d)
+        total += sum(norm.n_parameters(d, last.bias) for norm, d in self.outer_norms())
+        total += self.head_norm.n_parameters(width, last.bias) if self.head_norm is not None else 0
+        total += last.position.n_parameters(d, self.seq_len) if last.position.embeds else 0
+        total += last.position.bias_parameters(last) if last.position.shared else 0
+        return total + self.output_softmax.n_parameters(None)
+
+    def outer_ops(self, T: int) -> Ops:
+        """Operations per token outside the blocks. The head's rows are normed once for all tokens, so not counted."""
+        last, d = self.blocks()[-1], self.d_model
+        total = self.embedding.ops(d) + product(self.embedding.width(d), self.vocab)
+        total += sum((norm.ops(d, last.bias) for norm, d in self.outer_norms()), Ops())
+        total += last.position.embedding_ops(d) if last.position.embeds else Ops()
+        total += last.position.bias_ops(last, T) if last.position.shared else Ops()
+        if self.logit_softcap is not None:
+            total += Ops(multiplies=2 * self.vocab, exponentials=self.vocab)
+        return total + self.output_softmax.ops(self.vocab)
 
     @property
     def vocab(self) -> int:

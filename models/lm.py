@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from models.family import Family, FamilyConfig
 from models.memory import At, Mem, Slots
 from models.parts.block import Block
+from models.parts.embedding import Widen
 from models.roles import decay_names, initialise, mark
 
 
@@ -39,6 +40,8 @@ class LM(PreTrainedModel, GenerationMixin):
     spec: Family
     embedding: nn.Embedding
     position: nn.Module | None
+    widen: Any
+    output_softmax: Any
     norm: nn.Module
     head: nn.Linear
 
@@ -47,10 +50,18 @@ class LM(PreTrainedModel, GenerationMixin):
         self.spec = config.spec
         spec, last = self.spec, self.spec.blocks()[-1]
         position = next((b.position for b in spec.blocks() if b.position.embeds), None)
-        self.embedding = mark(nn.Embedding(spec.vocab, spec.d_model), weight="embedding")
-        self.position = position.embedding(spec.d_model, spec.seq_len) if position is not None else None
-        self.norm = last.norm.build(spec.d_model, last.bias)
-        self.head = mark(nn.Linear(spec.d_model, spec.vocab, bias=False), weight="head")
+        d, width = spec.d_model, spec.embedding.width(spec.d_model)
+        self.embedding = mark(nn.Embedding(spec.vocab, width), weight="embedding")
+        self.widen = spec.embedding.widen(d)
+        self.embedding_norm = spec.embedding_norm.build(d, last.bias) if spec.embedding_norm is not None else None
+        self.position = position.embedding(d, spec.seq_len) if position is not None else None
+        self.position_norm = spec.position_norm.build(d, last.bias) if spec.position_norm is not None else None
+        self.score_bias = last.position.shared_bias(last)
+        self.norm = (spec.final_norm or last.norm).build(d, last.bias)
+        self.narrow = spec.embedding.narrow(d)
+        self.head = mark(nn.Linear(width, spec.vocab, bias=False), weight="head")
+        self.head_norm = spec.head_norm.build(width, last.bias) if spec.head_norm is not None else None
+        self.output_softmax = None if spec.output_softmax.fused else spec.output_softmax.build(None)
         self.gradient_checkpointing = False
 
     # ---- what a family gives
@@ -78,28 +89,57 @@ class LM(PreTrainedModel, GenerationMixin):
     def hidden(
         self, ids: Tensor, at: At | None = None, mem: Slots | None = None, trace: list[Tensor] | None = None
     ) -> Tensor:
-        """ids [B, T] -> [B, T, D] after the final norm, ready for `logits` or a fused loss.
+        """ids [B, T] -> [B, T, D] after the final norm, ready for `logits` or a fused loss (with `head_weight`).
+
+        A factored embedding narrows it to the head's width.
 
         at: where the tokens stand; None: whole rows from position 0.  mem: decoding memory, which is written.
         trace: a list that receives the embedding and every application's output.
         """
         if at is None:
             at = At.full(ids.shape[0], ids.shape[1], ids.device)
-        at = at._replace(tables={})
+        at = at._replace(tables={} if at.tables is None else at.tables)
+        assert at.tables is not None
         for block in self.applications():
             block.mixer.prepare(at, mem is not None, self.embedding.weight.dtype)
+        if self.score_bias is not None:
+            at.tables["score_bias"] = self.score_bias(at, at.upto if mem is not None else ids.shape[1], mem is not None)
         x = self.embedding(ids)
+        if self.widen is not None:
+            x = self.widen(x)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.position is not None:
             x = self.position(x, at)
+        if self.position_norm is not None:
+            x = self.position_norm(x)
         if self.spec.dropout:
             x = F.dropout(x, self.spec.dropout, self.training)
         if trace is not None:
             trace.append(x)
-        return self.norm(self.stack(x, at, mem, trace))
+        x = self.norm(self.stack(x, at, mem, trace))
+        if self.narrow is not None:
+            return self.narrow(x)
+        return self.widen.back(x) if isinstance(self.widen, Widen) else x
+
+    def head_weight(self) -> Tensor:
+        """[V, D]: the head's rows, normed where the family says so."""
+        return self.head.weight if self.head_norm is None else self.head_norm(self.head.weight)
+
+    @property
+    def has_link(self) -> bool:
+        """Whether something stands between the head's product and the logits."""
+        return self.spec.logit_softcap is not None or self.output_softmax is not None
+
+    def link(self, logits: Tensor) -> Tensor:
+        """Soft-cap and output softmax, elementwise over a row: softmax(link(z)) is the model's distribution."""
+        if (cap := self.spec.logit_softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits if self.output_softmax is None else self.output_softmax.log_weights(logits)
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, V]."""
-        return self.head(x)
+        return self.link(F.linear(x, self.head_weight()))
 
     def run(self, ids: Tensor, at: At, mem: Slots, last: bool = False) -> Tensor:
         """All that the engine knows: right-padded ids [B, T] at explicit rows -> logits [B, T, V].
@@ -260,11 +300,18 @@ class LM(PreTrainedModel, GenerationMixin):
         """Training FLOPs (forward and backward) per token at context T: 6 x matrix parameters + 3 x the mixers' own.
 
         Matrix parameters are those that every application multiplies by, the head's included and lookups excluded; the
-        mixers' own are 4 n_heads head_dim T per layer for full attention. Source: PaLM, arXiv:2204.02311, appendix B.
+        mixers' own are 4 n_heads head_dim T per layer for full attention; an MLP's own are those of stacked experts.
+        Source: PaLM, arXiv:2204.02311, appendix B.
         """
-        matrices = sum(p.numel() for block in self.applications() for p in block.parameters() if p.dim() == 2)
-        matrices += self.head.weight.numel()
-        return 6.0 * matrices + 3.0 * sum(block.mixer.flops_per_token(T) for block in self.applications())
+        blocks = self.applications()
+        outer = [part for part in (self.widen, self.narrow) if part is not None]
+        matrices = self.head.weight.numel() + sum(block.matrix_parameters() for block in blocks)
+        matrices += sum(p.numel() for part in outer for p in part.parameters() if p.dim() == 2)
+        if isinstance(self.widen, Widen) and self.narrow is None:
+            matrices += self.widen.up.weight.numel()  # it is used on the way back, too
+        own = sum(block.mixer.flops_per_token(T) for block in blocks)
+        own += sum(block.mlp.flops_per_token(T) for block in blocks if hasattr(block.mlp, "flops_per_token"))
+        return 6.0 * matrices + 3.0 * own
 
 
 def last_real(x: Tensor, at: At) -> Tensor:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from models.cost import Ops
 from models.family import Family, FamilyConfig
 from models.parts.attention import Attention, Causal
 from models.parts.block import BlockSpec, Layer, at_layer
+from models.parts.depth import Depth, Last
+from models.parts.embedding import Embedding, Table
 from models.parts.mlp import MLP, Plain
 from models.parts.norm import LayerNorm, Norm
+from models.parts.placement import Placement, Pre
 from models.parts.position import Learned, Position
+from models.parts.residual import Add, Residual
+from models.parts.sharing import Own, Sharing
+from models.parts.softmax import PlainSoftmax, Softmax
 from models.spec import ConfigError, kind_of
 
 
@@ -24,9 +31,24 @@ class GPT(Family):
     seq_len: longest context it is trained on, in tokens
     attention: what mixes tokens
     mlp: the feed-forward part
-    norm: the norm before each branch; the last layer's kind also stands before the head
+    norm: the norm of each branch
     position: what tells places apart
+    placement: where norms stand around a branch
+    mlp_placement: the same for the MLP's branch; none: as `placement`
+    residual: how a branch joins the residual stream
+    mlp_residual: the same for the MLP's branch; none: as `residual`
+    parallel: whether attention and MLP read the same input and are added together
+    embedding: the table and what stands between it and the residual stream
+    embedding_norm: norm of the token embeddings; none: no norm
+    position_norm: norm after positions were added; none: no norm
+    depth: what the final norm reads
+    final_norm: the norm before the head; none: the last layer's kind
+    head_norm: norm of the head's rows, one per token of the vocabulary; none: no norm
+    logit_softcap: c of c tanh(logits / c); none: no cap
+    output_softmax: what turns logits into the distribution over tokens, in training and everywhere else
     tie_embeddings: whether the head uses the embedding's matrix
+    share_attention: layers that use the same attention weights
+    share_mlp: layers that use the same MLP weights
     bias: whether matrices and norms have biases, where a part does not say otherwise
     dropout: of embedding, branches and attention weights, in [0, 1)
     init_std: standard deviation of matrices and embeddings at initialisation
@@ -40,7 +62,22 @@ class GPT(Family):
     mlp: MLP | tuple[MLP, ...] = field(default_factory=Plain)
     norm: Norm | tuple[Norm, ...] = field(default_factory=LayerNorm)
     position: Position | tuple[Position, ...] = field(default_factory=Learned)
+    placement: Placement | tuple[Placement, ...] = field(default_factory=Pre)
+    mlp_placement: Placement | tuple[Placement, ...] | None = None
+    residual: Residual | tuple[Residual, ...] = field(default_factory=Add)
+    mlp_residual: Residual | tuple[Residual, ...] | None = None
+    parallel: bool | tuple[bool, ...] = False
+    embedding: Embedding = field(default_factory=Table)
+    embedding_norm: Norm | None = None
+    position_norm: Norm | None = None
+    depth: Depth = field(default_factory=Last)
+    final_norm: Norm | None = None
+    head_norm: Norm | None = None
+    logit_softcap: float | None = None
+    output_softmax: Softmax = field(default_factory=PlainSoftmax)
     tie_embeddings: bool = True
+    share_attention: Sharing = field(default_factory=Own)
+    share_mlp: Sharing = field(default_factory=Own)
     bias: bool = False
     dropout: float = 0.0
     init_std: float = 0.02
@@ -54,6 +91,8 @@ class GPT(Family):
             raise ConfigError(f"dropout={self.dropout} must lie in [0, 1)")
         if self.init_std <= 0:
             raise ConfigError(f"init_std={self.init_std} must be above 0; 0.02 is usual")
+        if self.logit_softcap is not None and not self.logit_softcap > 0:
+            raise ConfigError(f"logit_softcap={self.logit_softcap} must be above 0; 30 is usual, none is no cap")
         if isinstance(self.position, tuple):
             for position in self.position:
                 if position.embeds:
@@ -63,21 +102,62 @@ class GPT(Family):
                     )
         for block in self.blocks():
             block.check()
+            if block.parallel and (self.mlp_placement is not None or self.mlp_residual is not None):
+                raise ConfigError(
+                    "parallel=true: both branches read one normed input and join in one sum, so there is no "
+                    "mlp_placement and no mlp_residual; leave them out"
+                )
+        self._check_norms()
+        self._check_sharing()
+        if reason := self.output_softmax.refuses_output():
+            raise ConfigError(f"output_softmax={kind_of(self.output_softmax)}: {reason}")
+        self.embedding.width(self.d_model)
+        self.depth.n_parameters(self.n_layers, self.d_model)
+        self.depth.ops(self.n_layers, self.d_model)
+
+    def _check_norms(self) -> None:
+        block = self.blocks()[-1]
+        for name in ("embedding_norm", "position_norm", "final_norm", "head_norm"):
+            norm = getattr(self, name)
+            if norm is not None and (reason := norm.refuses(block)):
+                raise ConfigError(f"{name}={kind_of(norm)}: {reason}")
+
+    def _check_sharing(self) -> None:
+        blocks = self.blocks()
+        for name, part in (("share_attention", "attention"), ("share_mlp", "mlp")):
+            for i in range(self.n_layers):
+                j = getattr(self, name).owner(i, self.n_layers)
+                wanted, lent = blocks[i], blocks[j]
+                parts = (part, "position") if part == "attention" else (part,)
+                for p in parts:
+                    if getattr(wanted, p) != getattr(lent, p):
+                        raise ConfigError(f"{name}: layers {j} and {i} use the same weights but differ in {p}")
 
     def blocks(self) -> tuple[BlockSpec, ...]:
         """One spec per layer, per-layer lists resolved. Raises ConfigError for a list of the wrong length."""
         return tuple(self._block(Layer(i, self.n_layers)) for i in range(self.n_layers))
 
     def _block(self, layer: Layer) -> BlockSpec:
-        parts = {name: at_layer(getattr(self, name), layer, name) for name in ("norm", "position", "attention", "mlp")}
+        names = ("norm", "position", "attention", "mlp", "placement", "residual", "parallel")
+        parts = {name: at_layer(getattr(self, name), layer, name) for name in names}
+        for name in ("placement", "residual"):
+            own = at_layer(getattr(self, f"mlp_{name}"), layer, f"mlp_{name}")
+            parts[f"mlp_{name}"] = parts[name] if own is None else own
         return BlockSpec(layer, self.d_model, self.seq_len, self.bias, self.dropout, **parts)
 
     def n_parameters(self) -> int:
-        """V D (twice when untied) + positions + blocks + final norm."""
-        blocks, d = self.blocks(), self.d_model
-        embedding = self.vocab * d * (1 if self.tie_embeddings else 2)
-        position = blocks[-1].position.n_parameters(d, self.seq_len) if blocks[-1].position.embeds else 0
-        return embedding + position + sum(b.n_parameters() for b in blocks) + blocks[-1].norm.n_parameters(d, self.bias)
+        """What is outside the blocks + blocks, shared modules once + the mixture over depth."""
+        total = self.outer_parameters() + self.depth.n_parameters(self.n_layers, self.d_model)
+        for i, block in enumerate(self.blocks()):
+            total += block.own_parameters()
+            total += block.attention.n_parameters(block) if self.share_attention.owner(i, self.n_layers) == i else 0
+            total += block.mlp.n_parameters(block) if self.share_mlp.owner(i, self.n_layers) == i else 0
+        return total
+
+    def ops(self, T: int) -> Ops:
+        """Operations of one forward pass per token at context T, the head's included."""
+        blocks = sum((block.ops(T) for block in self.blocks()), Ops())
+        return self.outer_ops(T) + blocks + self.depth.ops(self.n_layers, self.d_model)
 
 
 class GPTConfig(FamilyConfig):

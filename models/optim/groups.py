@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from models.lm import LM
 from models.spec import Part
+
+if TYPE_CHECKING:
+    from models.lm import LM
 
 
 class Optim(Part):

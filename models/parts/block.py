@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.cost import Ops
 from models.memory import At, Mem
 from models.parts.attention import Attention
 from models.parts.mlp import MLP
 from models.parts.norm import Norm
+from models.parts.placement import Placement, Pre
 from models.parts.position import Position
+from models.parts.residual import Add, Residual
 from models.spec import ConfigError, Part, kind_of
 
 
@@ -27,7 +30,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What one block is built from: single values only. Parts read from it what is not their own."""
+    """What one block is built from: single values only. Parts read from it what is not their own.
+
+    placement, residual: of the mixer's branch; mlp_placement, mlp_residual: of the MLP's.
+    parallel: both branches read the same input; the mixer's placement and residual rule hold for both.
+    """
 
     layer: Layer
     d_model: int
@@ -38,6 +45,11 @@ class BlockSpec:
     position: Position
     attention: Attention
     mlp: MLP
+    placement: Placement = field(default_factory=Pre)
+    mlp_placement: Placement = field(default_factory=Pre)
+    residual: Residual = field(default_factory=Add)
+    mlp_residual: Residual = field(default_factory=Add)
+    parallel: bool = False
 
     def bias_of(self, part: Any) -> bool:
         """The part's own `bias`, or the family's."""
@@ -46,14 +58,33 @@ class BlockSpec:
     def check(self) -> None:
         """Asks every part what it cannot stand beside. Raises ConfigError with the reason."""
         where = f"layer {self.layer.index}: " if self.layer.count > 1 else ""
-        for name in ("attention", "position", "norm", "mlp"):
+        for name in ("attention", "position", "norm", "mlp", "residual", "mlp_residual"):
             part = getattr(self, name)
             if reason := part.refuses(self):
                 raise ConfigError(f"{name}={kind_of(part)}: {reason}" + (f" ({where[:-2]})" if where else ""))
 
+    def n_norms(self) -> int:
+        """Norms of a block. Parallel branches share the one on their input and the one on their sum."""
+        if self.parallel:
+            return self.placement.before + 2 * self.placement.output + self.placement.after
+        return self.placement.n_norms + self.mlp_placement.n_norms
+
+    def own_parameters(self) -> int:
+        """Of norms and residual rules, which no layer shares."""
+        residuals = (self.residual,) if self.parallel else (self.residual, self.mlp_residual)
+        norms = self.n_norms() * self.norm.n_parameters(self.d_model, self.bias)
+        return norms + sum(r.n_parameters(self.d_model) for r in residuals)
+
     def n_parameters(self) -> int:
-        norms = 2 * self.norm.n_parameters(self.d_model, self.bias)
-        return norms + self.attention.n_parameters(self) + self.mlp.n_parameters(self)
+        return self.own_parameters() + self.attention.n_parameters(self) + self.mlp.n_parameters(self)
+
+    def ops(self, T: int) -> Ops:
+        """Operations per token at context T."""
+        d = self.d_model
+        residuals = (self.residual,) if self.parallel else (self.residual, self.mlp_residual)
+        total = self.n_norms() * self.norm.ops(d, self.bias) + sum((r.ops(d) for r in residuals), Ops())
+        total += self.attention.ops(self, T) + self.mlp.ops(self)
+        return total + Ops(additions=d) if self.parallel else total
 
 
 def at_layer(value: Any, layer: Layer, name: str) -> Any:
@@ -69,27 +100,69 @@ def at_layer(value: Any, layer: Layer, name: str) -> Any:
         return at_layer(value[layer.index], layer, name)
     if isinstance(value, Part) and dataclasses.is_dataclass(value):
         options = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        resolved = {k: at_layer(v, layer, f"{name}.{k}") for k, v in options.items()}
+        lists = value.lists if hasattr(value, "lists") else ()
+        resolved = {k: v if k in lists else at_layer(v, layer, f"{name}.{k}") for k, v in options.items()}
         if resolved != options:
             return dataclasses.replace(value, **resolved)
     return value
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): pre-norm."""
+    """Two branches on the residual stream x, mixer first: x = join(x, branch(x)), normed where the placement says.
 
-    def __init__(self, spec: BlockSpec) -> None:
+    mixer, mlp: modules of another layer, when the layers share them; none: the block's own.
+    """
+
+    mixer: Any
+    mlp: Any
+    join_mlp: Any
+
+    def __init__(self, spec: BlockSpec, mixer: nn.Module | None = None, mlp: nn.Module | None = None) -> None:
         super().__init__()
-        self.mixer_norm = spec.norm.build(spec.d_model, spec.bias)
-        self.mixer: Any = spec.attention.build(spec)
-        self.mlp_norm = spec.norm.build(spec.d_model, spec.bias)
-        self.mlp = spec.mlp.build(spec)
+        place, place2 = spec.placement, spec.mlp_placement
+        self.parallel = spec.parallel
+        self.mixer_norm = self._norm(spec, place.before)
+        self._own_or_lent("mixer", mixer, lambda: spec.attention.build(spec))
+        self.mixer_output_norm = self._norm(spec, place.output)
+        self.join_mixer = spec.residual.build(spec.d_model)
+        self.mixer_after_norm = self._norm(spec, place.after)
+        self.mlp_norm = None if spec.parallel else self._norm(spec, place2.before)
+        self._own_or_lent("mlp", mlp, lambda: spec.mlp.build(spec))
+        self.mlp_output_norm = self._norm(spec, place.output if spec.parallel else place2.output)
+        self.join_mlp = None if spec.parallel else spec.mlp_residual.build(spec.d_model)
+        self.mlp_after_norm = None if spec.parallel else self._norm(spec, place2.after)
         self.dropout = spec.dropout
 
+    @staticmethod
+    def _norm(spec: BlockSpec, wanted: bool) -> nn.Module | None:
+        return spec.norm.build(spec.d_model, spec.bias) if wanted else None
+
+    def _own_or_lent(self, name: str, lent: nn.Module | None, build: Any) -> None:
+        """A lent module is no submodule, or its weights would be saved and counted twice."""
+        if lent is None:
+            setattr(self, name, build())
+        else:
+            object.__setattr__(self, name, lent)
+
     def forward(self, x: Tensor, at: At, mem: Mem | None = None, shared: tuple = ()) -> tuple[Tensor, tuple]:
-        y, shared = self.mixer(self.mixer_norm(x), at, mem, shared)  # [B, T, D]
-        x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.mlp_norm(x), at)), shared
+        h = _through(self.mixer_norm, x)  # [B, T, D]
+        y, shared = self.mixer(h, at, mem, shared)
+        y = self.drop(_through(self.mixer_output_norm, y))
+        if self.parallel:
+            y = y + self.drop(_through(self.mlp_output_norm, self.mlp(h, at)))
+            return _through(self.mixer_after_norm, self.join_mixer(x, y)), shared
+        x = _through(self.mixer_after_norm, self.join_mixer(x, y))
+        y = self.drop(_through(self.mlp_output_norm, self.mlp(_through(self.mlp_norm, x), at)))
+        return _through(self.mlp_after_norm, self.join_mlp(x, y)), shared
 
     def drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+    def matrix_parameters(self) -> int:
+        """Elements of the matrices that one application multiplies by, lent ones included."""
+        modules = {id(p): p for part in (self, self.mixer, self.mlp) for p in part.parameters()}
+        return sum(p.numel() for p in modules.values() if p.dim() == 2)
+
+
+def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.families import create
 from models.family import Family
-from models.loss import Loss
+from models.loss import Loss, Objective
 from models.optim.groups import Optim
 from pipelines.lib.training import TrainConfig
 
@@ -88,13 +88,21 @@ def count(config: TrainConfig) -> Counted:
     """Count one micro-batch and one update of a run, with the tensors that PyTorch's CPU kernels keep."""
     return _count(
         config.model, config.optim, config.micro_batch, config.context, config.precision, config.z_loss,
-        config.mask_documents, config.activation_checkpointing,
+        config.loss, config.mask_documents, config.activation_checkpointing,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def _count(
-    family: Family, optim: Optim, rows: int, T: int, precision: str, z_loss: float, masked: bool, again: bool
+    family: Family,
+    optim: Optim,
+    rows: int,
+    T: int,
+    precision: str,
+    z_loss: float,
+    objective: Objective,
+    masked: bool,
+    again: bool,
 ) -> Counted:
     random = torch.get_rng_state()
     try:
@@ -104,7 +112,7 @@ def _count(
             if again:
                 model.gradient_checkpointing_enable()
             weights = live.mark()
-            loss = Loss(model, z_loss)
+            loss = Loss(model, z_loss, objective)
             batch = {name: torch.zeros(rows, T, dtype=torch.int64) for name in ("ids", "targets")}
             if masked:
                 batch |= {name: torch.zeros(rows, T, dtype=torch.int64) for name in ("pos", "doc")}

@@ -205,7 +205,7 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.loss: torch.nn.Module = Loss(self.model, config.z_loss)
+        self.loss: torch.nn.Module = Loss(self.model, config.z_loss, config.loss)
         if config.compile:
             self.loss = cast(torch.nn.Module, torch.compile(self.loss, dynamic=False))
         self.step_loss = world.wrap(self.loss)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from models.families import Family
 from models.gpt.config import GPT
+from models.loss import CrossEntropy, Objective
 from models.optim.groups import AdamW, Optim
 from models.optim.schedule import Cosine, Schedule
 from models.spec import ConfigError
@@ -54,6 +55,7 @@ class TrainConfig:
     seconds: length in training time
     patience: stop after this many evaluations without a better validation loss
     grad_clip: largest gradient norm (null: not clipped)
+    loss: what is minimised at each token; plain cross-entropy is reported whatever it is
     z_loss: weight of the squared log-normaliser in the loss
     precision: fp32, or bf16 autocast with fp32 weights
     activation_checkpointing: recompute activations in the backward pass, for memory
@@ -103,6 +105,7 @@ class TrainConfig:
     seconds: float | None = None
     patience: int | None = None
     grad_clip: float | None = 1.0
+    loss: Objective = CrossEntropy()
     z_loss: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False

@@ -41,7 +41,6 @@ def refused(match, **options):
         ({"attention": Causal(window=1024)}, "window=1024 has no effect at seq_len=1024"),
         ({"attention": Causal(dropout=1.0)}, "dropout=1.0 must lie in"),
         ({"position": Rotary(base=1.0)}, "base=1.0 must be above 1"),
-        ({"norm": RMSNorm(eps=0.0)}, "eps=0.0 must be above 0"),
         ({"mlp": Plain(hidden=0)}, "hidden=0 must be above 0"),
         ({"mlp": SwiGLU(hidden=-1)}, "hidden=-1 must be above 0"),
         ({"dropout": 1.0}, "dropout=1.0 must lie in"),
@@ -58,6 +57,11 @@ def test_impossible_combinations_are_refused_with_the_reason(options, words):
         GPT(**options)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_norm_without_epsilon_is_refused():
+    with pytest.raises(ConfigError, match=r"eps=0.0 must be above 0"):
+        GPT(norm=RMSNorm(eps=0.0))
 
 
 def test_the_layer_that_cannot_be_is_named():
