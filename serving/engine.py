@@ -334,9 +334,9 @@ class Engine:
             request.stops = StopStrings(request.params.stop)
 
     def directions(self) -> Tensor:
-        """[tokens that can be chosen, D]: the model's embeddings in float32, each scaled to length 1."""
+        """[V, D]: the model's embeddings in float32, each scaled to length 1."""
         if self._directions is None or not self.dedicated:  # in training they move
-            rows = self.model.get_input_embeddings().weight.detach()[: self.choosable].float()
+            rows = self.model.get_input_embeddings().weight.detach().float()
             self._directions = torch.nn.functional.normalize(rows, dim=-1)
         return self._directions
 

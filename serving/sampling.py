@@ -138,7 +138,7 @@ def seed_of_sample(seed: int | None, index: int) -> int | None:
 class Sampler:
     """One request's part in the draw: its generator and the tokens it has seen.
 
-    directions: [vocab, D], the embeddings scaled to length 1; needed for a cosine penalty only.
+    directions: [V, D], the embeddings scaled to length 1; needed for a cosine penalty only.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Sampler:
                 torch.tensor(ids, dtype=torch.long, device=device),
                 torch.tensor([params.logit_bias[i] for i in ids], dtype=torch.float32, device=device),
             )
-        self.directions = directions if params.cosine_penalty else None
+        self.directions = directions[:vocab] if params.cosine_penalty and directions is not None else None
         self.recent: deque[int] = deque(maxlen=params.cosine_penalty[0] if params.cosine_penalty else 0)
         self.recent.extend(i for i in prompt if i < vocab)
         self.changes_logits = any(t is not None for t in (self.seen, self.counts, self.bias, self.directions))
@@ -322,7 +322,7 @@ def draws_of(logits: Tensor, tokens: Sequence[int], samplers: Sequence[Sampler],
     for token, s, figure, (some, logprobs, each) in zip(tokens, samplers, figures, lists, strict=True):
         n = s.params.draws or 0
         top = tuple(zip(some[:n], logprobs[:n], each[:n], strict=True))
-        out.append(Draw(token, *figure, top=top))
+        out.append(Draw._make([token, *figure, top]))
     return out
 
 

@@ -150,6 +150,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops, self.held = tuple(stops), ""
+        self.met: str | None = None  # the one that ended the text
 
     def add(self, piece: str) -> tuple[str, bool]:
         """Returns the text that is certain to stand before any stop string, and whether one was met."""
@@ -159,7 +160,9 @@ class StopStrings:
         hits = [(at + len(s), at) for s in self.stops if (at := text.find(s)) >= 0]
         if hits:  # the one complete first; of those the longest
             self.held = ""
-            return text[: min(hits)[1]], True
+            end, at = min(hits)
+            self.met = text[at:end]
+            return text[:at], True
         keep = max(_overlap(text, s) for s in self.stops)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -140,3 +140,95 @@ def test_help_starts_without_torch_or_ray():
 from pipelines.sample import main; raise SystemExit(main(["--help"]))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "repetition_penalty=1.0" in done.stdout, done.stderr
+
+
+def test_lists_of_temperatures_and_top_k_run_in_turn_and_no_pair_twice(folder, capsys, tmp_path):
+    out = tmp_path / "samples.json"
+    words = (folder, "--prompt", "the", "max_tokens=8", "seed=3", f"output={out}")
+    code, text, _ = sample(capsys, *words, "temperature=[0.5,1.2,0.5]", "top_k=[1,20,1]", "num_samples=2")
+    got = json.loads(out.read_text())["samples"]
+    pairs = [(t, k) for t in (0.5, 1.2) for k in (1, 20)]
+    assert code == 0 and [(s["temperature"], s["top_k"]) for s in got] == [pair for pair in pairs for _ in range(2)]
+    assert text.count("--- ") == 8 and "--- 3 of 8, temperature 0.5, top_k 20" in text
+    assert {s["text"] for s in got if s["top_k"] == 1} == {got[0]["text"]}  # the best token, at any temperature
+    for i, (temperature, k) in enumerate(pairs):
+        assert sample(capsys, *words, f"temperature={temperature}", f"top_k={k}", "num_samples=2")[0] == 0
+        alone = json.loads(out.read_text())["samples"]
+        assert [s["tokens"] for s in alone] == [s["tokens"] for s in got[2 * i : 2 * i + 2]]
+
+
+def test_a_prompt_may_be_a_file(folder, capsys, tmp_path):
+    (tmp_path / "p.txt").write_text("the cat", encoding="utf-8")
+    words = ("temperature=0", "max_tokens=5")
+    given = sample(capsys, folder, "--prompt", f"FILE:{tmp_path / 'p.txt'}", *words)
+    assert given[:2] == sample(capsys, folder, "--prompt", "the cat", *words)[:2] and given[0] == 0
+    code, _, said = sample(capsys, folder, "--prompt", "FILE:nowhere.txt")
+    assert code == 2 and "prompt=FILE:nowhere.txt: No such file" in said
+
+
+def test_bare_min_p_is_one_half(folder, capsys, tmp_path):
+    out = tmp_path / "samples.json"
+    words = (folder, "--prompt", "the", "max_tokens=12", "seed=1", "temperature=1", f"output={out}", "colour=top_k")
+    for more in (["--min_p"], ["--min_p", "seed=1"], ["min_p=0.5"], ["--min_p", "0.5"]):
+        assert sample(capsys, *words, *more)[0] == 0
+        tree = json.loads(out.read_text())
+        assert tree["settings"]["min_p"] == 0.5
+        for draw in tree["samples"][0]["draws"]:
+            kept = [p for _, p, q in draw["top"] if q > 0]
+            assert len(kept) == min(10, draw["kept"]) and min(kept) >= max(kept) + torch.log(torch.tensor(0.5)) - 1e-4
+
+
+def test_colours_tables_and_files_show_the_same_samples(folder, capsys, tmp_path):
+    words = (folder, "--prompt", "the cat", "max_tokens=6", "seed=1")
+    plain = sample(capsys, *words)[1]
+    files = {name: tmp_path / "made" / name for name in ("page.html", "picture.png", "samples.json", "samples.txt")}
+    more = (f"page={files['page.html']}", f"picture={files['picture.png']}", f"output={files['samples.json']}")
+    more += (
+        f"charts={tmp_path / 'charts'}",
+        "chart_kinds=[heatmap,bars,logits]",
+        f"sample_file={files['samples.txt']}",
+    )
+    code, text, said = sample(capsys, *words, *more, "colour=all", "table=true", "candidates=3")
+    assert code == 0, said
+    assert text.count(plain.rstrip("\n")) == 6 and "the 3 most likely" in text and "mean cross-entropy" in text
+    assert all(path.stat().st_size for path in files.values())
+    names = sorted(p.name for p in (tmp_path / "charts").iterdir())
+    assert names == ["heatmap.png", "logits.png", *(f"step_{n:04d}.png" for n in range(1, 7))]
+    draws = json.loads(files["samples.json"].read_text())["samples"][0]["draws"]
+    assert len(draws) == 6 and all(len(d["top"]) == 3 for d in draws)
+    assert "max_tokens=6" in files["page.html"].read_text()
+    assert sample(capsys, *words, more[-1])[0] == 0  # added, not replaced
+    assert files["samples.txt"].read_text().count(plain) == 2
+    assert files["samples.txt"].read_text().count("| temperature 0.8, top_k 0, seed 1, sample 1\n") == 2
+
+
+def test_a_cosine_penalty_says_how_much_it_changed(folder, capsys):
+    code, text, _ = sample(capsys, folder, "--prompt", "the", "max_tokens=9", "seed=1", "cosine_penalty=[5, 1.5]")
+    kl = float(text.rsplit("kl ", 1)[1].split()[0])
+    assert code == 0 and kl > 0
+    again = sample(capsys, folder, "--prompt", "the", "max_tokens=9", "seed=1", "cosine_penalty=[5, 0]")[1]
+    assert (
+        again.splitlines()[0] == sample(capsys, folder, "--prompt", "the", "max_tokens=9", "seed=1")[1].splitlines()[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["temperature=[]"], "temperature"),
+        (["temperature=[0.5,-1]"], "temperature=-1"),
+        (["colour=entropie"], "entropy"),
+        (["candidates=301", "table=true"], "vocabulary's 300"),
+        (["chart_kinds=[bars]"], "charts="),
+        (["charts=c", "chart_kinds=[pies]"], "bars"),
+        (["cosine_penalty=[0, 1]"], "cosine_penalty"),
+        (["page={folder}"], "page="),
+        (["charts={folder}/config.json"], "charts="),
+        (["sample_file={folder}"], "sample_file="),
+        (["interactive=true", "output=x.json"], "without output"),
+    ],
+)
+def test_bad_looks_are_one_line_and_exit_code_2(folder, capsys, words, says):
+    code, out, said = sample(capsys, folder, *(w.format(folder=folder) for w in words), "max_tokens=2")
+    lines = said.strip().splitlines()
+    assert code == 2 and not out and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]

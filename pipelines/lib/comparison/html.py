@@ -86,10 +86,15 @@ def in_script(tree: Any) -> str:
 
 
 def document(title: str, body: Sequence[Safe], plots: Mapping[str, Any]) -> str:
-    """The whole file. plots: id of a place -> what page.js draws there."""
+    """A page with plotly. plots: id of a place -> what page.js draws there."""
     from plotly.offline import get_plotlyjs
 
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return page(title, body, {"plots": plots}, (get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")))
+
+
+def page(title: str, body: Sequence[Safe], data: Any, scripts: Sequence[str] = (), style: str = "") -> str:
+    """The whole file. data: for the scripts, as JSON in #page-data.  style: CSS behind the house's own."""
+    own = (HERE / "page.css").read_text(encoding="utf-8")
     return "\n".join(
         [
             "<!doctype html>",
@@ -99,13 +104,12 @@ def document(title: str, body: Sequence[Safe], plots: Mapping[str, Any]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(title)}</title>",
-            f"<style>{style}</style>",
+            f"<style>{own}{style}</style>",
             "</head>",
             "<body>",
             tag("main", *body),
-            f'<script type="application/json" id="page-data">{in_script({"plots": plots})}</script>',
-            f"<script>{get_plotlyjs()}</script>",
-            f"<script>{script}</script>",
+            f'<script type="application/json" id="page-data">{in_script(data)}</script>',
+            *(f"<script>{script}</script>" for script in scripts),
             "</body>",
             "</html>",
             "",
