@@ -1,0 +1,1 @@
+"""What pipelines.export is made of: verification, the model card, upload."""
