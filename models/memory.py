@@ -21,7 +21,8 @@ class Field(NamedTuple):
     """What a mixer remembers under one name.
 
     per_token: one entry of `shape` per token, stored [R, *shape[:-1], L + 1, shape[-1]] (token axis second to last, as
-    attention reads it). Otherwise one state of `shape` per row, stored [R, *shape].
+    attention reads it). Otherwise one state of `shape` per row, stored [R, *shape] in float32 at least: it is rounded
+    anew at every token, and in bfloat16 a small step would be lost whole.
     """
 
     shape: tuple[int, ...]
@@ -69,7 +70,8 @@ class Mem:
         self.tensors: dict[str, Tensor] = {}
         for name, field in fields.items():
             shape = (*field.shape[:-1], length + 1, field.shape[-1]) if field.per_token else field.shape
-            self.tensors[name] = torch.zeros(rows, *shape, dtype=dtype, device=device)
+            kept = dtype if field.per_token else torch.promote_types(dtype, torch.float32)
+            self.tensors[name] = torch.zeros(rows, *shape, dtype=kept, device=device)
 
     def append(self, at: At, **new: Tensor) -> list[Tensor]:
         """Writes each [B, *shape[:-1], T, shape[-1]]; returns what can be visible, [B, *shape[:-1], upto, shape[-1]].
