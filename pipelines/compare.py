@@ -8,6 +8,8 @@ python -m pipelines.compare runs/ baseline="norm=rmsnorm"
 python -m pipelines.compare searches/lr
 python -m pipelines.compare query="params.model.norm = 'rmsnorm'" experiment=novella
 python -m pipelines.compare card runs/a          (one run: config, data, curves, evaluation, cost, estimate)
+python -m pipelines.compare checkpoints runs/    (every checkpoint below a folder: losses, NaNs, norms, kurtosis)
+python -m pipelines.compare statistics runs/a    (activations and weights of one model, or of two beside each other)
 
 Runs that differ in nothing but their seed are one variant. Differences are paired over common seeds and adjusted for
 how many they are; one inside its error is called none. What makes runs incomparable is said first.
@@ -17,9 +19,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -80,6 +81,81 @@ class CardConfig:
     out: str | None = None
 
 
+@dataclass(frozen=True)
+class CheckpointsConfig:
+    """Every checkpoint below a folder, as a table.
+
+    folder: what to look through
+    sort: by path, best loss, step, weights that are not finite, the step where a run first was not finite, or others
+    reverse: largest first; what is not known comes last either way
+    path_regex: only those whose path below the folder this expression finds something in
+    fast: read text files only: no NaNs, norms and kurtosis, and no check of the files against their hashes
+    output: CSV file with all columns
+    """
+
+    folder: str = "."
+    sort: Literal["path", "loss", "step", "nan", "nan_step", "norm", "kurtosis", "parameters", "skipped"] = "path"
+    reverse: bool = False
+    path_regex: str = ""
+    fast: bool = False
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        import re
+
+        try:
+            re.compile(self.path_regex)
+        except re.error as error:
+            raise ConfigError(f"path_regex={self.path_regex}: {error}") from None
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Activations and weights of a model, or of two beside each other.
+
+    runs: a run folder, checkpoint or local Hugging Face folder, or two
+    which: the checkpoint of a run: best, last or step_N; of two runs one word each may be given
+    text: text to run the models on, as in pipelines.evaluate
+    data: folder of token shards to run them on (neither: the validation split that the first run watched)
+    split: which split of data
+    tokens: of the text that the models read
+    context: tokens of a row; null: what the models were made for
+    device: auto, cpu, cuda, mps or xpu
+    dtype: number format of the weights in the forward pass; auto: as they were saved
+    threads: CPU threads; null: the machine's own choice
+    title: heading of the page (null: the names of what is looked at)
+    out: folder to write to (null: RUN/statistics, else statistics/ here)
+    track: whether page and figures also go to the first run's MLflow run
+    """
+
+    runs: tuple[str, ...]
+    which: tuple[str, ...] = ("best",)
+    text: str | None = None
+    data: str | None = None
+    split: str = "val"
+    tokens: int = 8192
+    context: int | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = None
+    title: str | None = None
+    out: str | None = None
+    track: Literal["mlflow", "none"] = "mlflow"
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.runs) <= 2:
+            raise ConfigError(f"runs: one model, or two to compare, are needed; {len(self.runs)} are given")
+        if len(self.which) not in (1, len(self.runs)):
+            raise ConfigError(f"which: one word, or one for each of the {len(self.runs)} runs")
+        if self.text is not None and self.data is not None:
+            raise ConfigError("text= and data= are both given; one is needed")
+        for name in ("tokens", "context", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is not positive")
+        if self.tokens < 2:
+            raise ConfigError(f"tokens={self.tokens}: at least 2 are needed")
+
+
 def run(config: CompareConfig) -> int:
     """Collect, analyse, write the page and the paper, say the findings. Returns the exit code."""
     from pipelines.lib.comparison.collect import collect
@@ -132,6 +208,36 @@ def run_card(config: CardConfig) -> int:
     return 0
 
 
+def run_checkpoints(config: CheckpointsConfig) -> int:
+    """Read what there is, print the table, write the CSV. Returns the exit code."""
+    from pipelines.lib.inspection.checkpoints import as_csv, collect, in_order, shown_path, table_of
+    from pipelines.lib.jobs import storage_path
+    from pipelines.lib.terminal import print_table
+
+    output = storage_path(config.output) if config.output is not None else None
+    if output is not None:
+        check_writable(output, f"output={config.output}")
+    found = in_order(collect(storage_path(config.folder), config.path_regex, config.fast), config.sort, config.reverse)
+    print_table(table_of(found))
+    wrong = [row for row in found if row.note]
+    for row in wrong:
+        print(f"{shown_path(row)}: {row.note}")
+    count = f"{len(found)} checkpoint{'s' if len(found) != 1 else ''}"
+    print(count + (f", {len(wrong)} with something wrong" if wrong else ""))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write(output, as_csv(found))
+        print(f"wrote {output}")
+    return 0
+
+
+def run_statistics(config: StatisticsConfig) -> int:
+    """Run the models on the text, write page and figures. Returns the exit code."""
+    from pipelines.lib.inspection.statistics import make
+
+    return make(config)
+
+
 def folder_of(config: CompareConfig, paths: Sequence[Path]) -> Path:
     from pipelines.lib.jobs import storage_path
 
@@ -178,26 +284,29 @@ def named(words: Sequence[str], field: str) -> list[str]:
     return out
 
 
+# word -> what it is, its config, what it runs, the field of its bare words
+COMMANDS: dict[str, tuple[str, type, Callable[..., int], str]] = {
+    "card": ("A run's report card.", CardConfig, run_card, "run"),
+    "checkpoints": ("Every checkpoint below a folder, as a table.", CheckpointsConfig, run_checkpoints, "folder"),
+    "statistics": (
+        "Activation and weight statistics of a model, or of two beside each other, as one page.",
+        StatisticsConfig,
+        run_statistics,
+        "runs",
+    ),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] != ["card"]:
+    if not words or words[0] not in COMMANDS:
         return command(CompareConfig, run, named(words, "runs"), positional="runs")
+    says, cls, runs, field = COMMANDS[words[0]]
     if {"-h", "--help"} & set(words):
-        call = "python -m pipelines.compare card RUN key=value ... [--debug]"
-        print(
-            "\n".join(
-                [
-                    "A run's report card.",
-                    "",
-                    call,
-                    "",
-                    "settings and defaults:",
-                    *describe(CardConfig, positional="run"),
-                ]
-            )
-        )
+        call = f"python -m pipelines.compare {words[0]} {field.upper()} key=value ... [--debug]"
+        print("\n".join([says, "", call, "", "settings and defaults:", *describe(cls, positional=field)]))
         return 0
-    return partial(command, CardConfig, run_card, named(words[1:], "run"), positional="run")()
+    return command(cls, runs, named(words[1:], field), positional=field)
 
 
 if __name__ == "__main__":
