@@ -1,0 +1,149 @@
+"""From queries, keys and values to weighted sums: fused where PyTorch has a fused form, written out where not.
+
+B batch, T queries, S keys, H heads, K key heads, h head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.memory import At, visible
+
+
+class Seen(NamedTuple):
+    """Which keys the queries of a call see.  mask: [B or 1, 1, T, S]; None with causal: the triangle; None: all keys.
+
+    last: only the last so many keys count (a window at single-token decoding); 0: all.
+    """
+
+    mask: Tensor | None
+    causal: bool
+    last: int = 0
+
+    def written_out(self, T: int, device: torch.device) -> Seen:
+        """The same with the triangle as a mask. A triangle has as many keys as queries."""
+        if not self.causal:
+            return self
+        return Seen(torch.ones(T, T, dtype=torch.bool, device=device).tril()[None, None], False)
+
+
+def what_is_seen(at: At, T: int, cached: bool, window: int | None) -> Seen:
+    """The cheapest form: no mask is built in training and in unpadded decoding."""
+    if cached:
+        wide = window is None or window >= at.upto
+        if at.start is not None and T == 1:
+            return Seen(None, False, 0 if wide else window or 0)
+        if at.start == 0 and wide:
+            return Seen(None, True)
+    elif at.doc is None and (window is None or window >= T):
+        return Seen(None, True)
+    return Seen(visible(at, cached, window)[:, None], False)
+
+
+def repeat_heads(x: Tensor, H: int) -> Tensor:
+    """[B, K, S, h] -> [B, H, S, h]: each key head once for every query head that shares it.
+
+    Where K does not divide H, the first H mod K key heads serve one query head more than the others.
+    """
+    K = x.shape[1]
+    if K == 1:
+        return x.expand(-1, H, -1, -1)
+    n, more = divmod(H, K)
+    if not more:
+        return x.repeat_interleave(n, 1) if n > 1 else x
+    first, rest = x.split((more, K - more), 1)
+    return torch.cat([first.repeat_interleave(n + 1, 1), rest.repeat_interleave(n, 1)], 1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Seen,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k^T + bias) v: q [B, H, T, h], k [B, K, S, h], v [B, K, S, v] -> [B, H, T, v], fused.
+
+    scale: None: 1 / sqrt(h).  bias: [B or 1, H, T, S].  sink: its score [1, H or 1, 1, 1].  Bias and sink need a
+    `seen` that is written out.
+    """
+    mask = seen.mask
+    if seen.last:
+        k, v = k[:, :, -seen.last :], v[:, :, -seen.last :]
+        bias = bias[..., -seen.last :] if bias is not None else None
+    if bias is not None or sink is not None:
+        scale = scale or q.shape[-1] ** -0.5
+        mask = _additive(q, k.shape[2], seen, bias, sink)
+        if sink is not None:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # its key is 0, so its score is what the mask adds
+    B, H, T, h = q.shape
+    K = k.shape[1]
+    if H % K:
+        k, v, K = repeat_heads(k, H), repeat_heads(v, H), H
+    if T == 1 and K != H and not seen.causal:
+        # One query per head: the heads that share a key head become its queries, so that no key is repeated.
+        if mask is not None and mask.shape[1] == H:
+            mask = mask.reshape(mask.shape[0], K, H // K, mask.shape[-1])
+        y = F.scaled_dot_product_attention(q.view(B, K, H // K, h), k, v, mask, dropout, scale=scale)
+        return y.reshape(B, H, 1, v.shape[-1])
+    if mask is not None and K != H and q.is_cuda:
+        # CUDA's fused forms take a mask or shared key heads, not both; repeating keys costs less than the unfused form.
+        k, v, K = repeat_heads(k, H), repeat_heads(v, H), H
+    options: dict[str, Any] = {"dropout_p": dropout, "is_causal": seen.causal, "scale": scale, "enable_gqa": K != H}
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= 256 and torch.is_grad_enabled():
+        # The fused backward for bfloat16 on CPU took 5.9 ms where float32 took 1.2 (B=12, H=4, T=64, h=32); at T=512
+        # they are even. Autocast would cast back, so it is off for this one call.
+        with torch.autocast("cpu", enabled=False):
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    seen: Seen,
+    softmax: nn.Module,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """softmax(cap(scale q k^T) + bias) [B, H, T, S], the sink's share left out, in float32 at least.
+
+    softcap: c of c tanh(score / c).  `seen` is written out; everything else as in `attend`.
+    """
+    if seen.last:
+        k, bias = k[:, :, -seen.last :], bias[..., -seen.last :] if bias is not None else None
+    B, H, T, h = q.shape
+    scores = q @ repeat_heads(k, H).transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * (scale or h**-0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if sink is None:
+        return softmax(scores, seen.mask)
+    mask = F.pad(seen.mask, (0, 1), value=True) if seen.mask is not None else None
+    return softmax(torch.cat([scores, sink.to(scores.dtype).expand(B, H, T, 1)], -1), mask)[..., :-1]
+
+
+def _additive(q: Tensor, S: int, seen: Seen, bias: Tensor | None, sink: Tensor | None) -> Tensor:
+    """What is added to the scores, [B or 1, H or 1, T, S (+ 1 for the sink)] in q's dtype; -inf where not seen."""
+    assert not seen.causal
+    T = q.shape[2]
+    added = q.new_zeros(1, 1, T, S) if bias is None else bias.to(q.dtype)
+    if seen.mask is not None:
+        added = added.masked_fill(~seen.mask, -torch.inf)
+    if sink is None:
+        return added
+    rows, heads = added.shape[0], max(added.shape[1], sink.shape[1])
+    sink = sink.to(q.dtype).expand(rows, heads, T, 1)
+    return torch.cat([added.expand(rows, heads, T, S), sink], -1)
