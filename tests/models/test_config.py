@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from models.families import create, load, preset
 from models.family import Family
 from models.gpt.config import GPT, GPTConfig
+from models.gpt.model import GPTForCausalLM
 from models.gpt.presets import PRESETS
 from models.parts.attention import Causal
 from models.parts.mlp import Plain, SwiGLU
@@ -30,10 +31,7 @@ def refused(match, **options):
     [
         ({"d_model": 770}, "d_model=770 is not divisible by n_heads=12; try 768 or 780"),
         ({"d_model": 5}, "d_model=5 is not divisible by n_heads=12; try 12"),
-        (
-            {"attention": Causal(n_kv_heads=5)},
-            "n_heads=12 is not divisible by n_kv_heads=5; try one of 1, 2, 3, 4, 6, 12",
-        ),
+        ({"attention": Causal(n_kv_heads=13)}, "n_kv_heads=13 must lie in 1 .. n_heads=12"),
         ({"attention": Causal(n_heads=0)}, "n_heads=0 must be at least 1"),
         ({"attention": Causal(head_dim=0)}, "head_dim=0 must be at least 1"),
         ({"attention": Causal(head_dim=7), "position": Rotary()}, "head_dim=7 must be even; try 6 or 8"),
@@ -171,3 +169,21 @@ def test_presets_are_built_at_full_size_as_their_formula_says(name):
 def test_nanogpt_character_setting_has_its_published_size():
     spec = dataclasses.replace(preset("nanogpt_char"), vocab_size=65)
     assert spec.n_parameters() - spec.seq_len * spec.d_model == 795_904  # nanoGPT prints 0.80M, without positions
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("hypersphere_124m", 123_569_676),
+        ("hypersphere_124m_learned", 123_569_725),
+        ("hypersphere_124m_layernorm", 123_569_676),
+        ("hypersphere_124m_rmsnorm", 123_569_676),
+        ("hypersphere_124m_prmsnorm", 123_569_676),
+    ],
+)
+def test_the_hero_size_of_hypersphere_gpt_has_its_published_parameters(name, parameters):
+    spec = PRESETS[name]()
+    assert spec.n_parameters() == parameters
+    with torch.device("meta"):
+        model = GPTForCausalLM(GPTConfig.of(spec))
+    assert sum(p.numel() for p in model.parameters()) == parameters
