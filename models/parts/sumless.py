@@ -274,7 +274,7 @@ class ExpPolyMax(Divided):
     def weigh(self, z: Tensor) -> Tensor:
         log_base = math.log(self.base)
         shift = (log_base / self.power) ** (1 / (self.power - 1))
-        right = (F.relu(z) + shift).pow(self.power) + (1 - shift**self.power)
+        right = (z.clamp(min=0) + shift).pow(self.power) + (1 - shift**self.power)
         return torch.where(z < 0, (z.clamp(max=0) * log_base).exp(), right)
 
     def logs(self, z: Tensor) -> Tensor:
