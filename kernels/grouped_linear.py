@@ -1,0 +1,77 @@
+"""Linear maps of grouped rows: y_i = W_g x_i + b_g for row i of group g.   n rows, G groups, D in, M out.
+
+Rows of a group lie together; `ends` says where each group ends, on the device, so that torch.compile needs no number of
+rows in advance: to it, a call is one node. The groups are a loop of matrix products (a GPU waits once, for `ends`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Row by row, in the dtype that is given."""
+    group = (torch.arange(x.shape[0], device=x.device)[:, None] >= ends).sum(1)
+    y = torch.einsum("nd,nmd->nm", x, weight[group])
+    return y if bias is None else y + bias[group]
+
+
+def _spans(ends: Tensor) -> list[tuple[int, int]]:
+    """First and last-plus-one row of each group."""
+    stops = ends.tolist()
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+@torch.library.custom_op("novella::grouped_linear", mutates_args=())
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
+    for g, (first, stop) in enumerate(_spans(ends)):
+        if stop > first:
+            y[first:stop] = F.linear(x[first:stop], weight[g], None if bias is None else bias[g])
+    return y
+
+
+@_grouped.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("novella::grouped_outer", mutates_args=())
+def _outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """[G, M, D]: the sum of y_i x_i^T over the rows of each group."""
+    out = torch.empty(ends.shape[0], y.shape[1], x.shape[1], dtype=y.dtype, device=y.device)
+    for g, (first, stop) in enumerate(_spans(ends)):
+        torch.mm(y[first:stop].T, x[first:stop], out=out[g])
+    return out
+
+
+@_outer.register_fake
+def _(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return y.new_empty(ends.shape[0], y.shape[1], x.shape[1])
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, ends, bias = inputs
+    ctx.save_for_backward(x, weight, ends)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    """dx_i = W_g^T dy_i,   dW_g = sum of dy_i x_i^T,   db_g = sum of dy_i."""
+    x, weight, ends = ctx.saved_tensors
+    dx = _grouped(dy, weight.transpose(1, 2), ends, None)
+    db = _outer(dy, dy.new_ones(dy.shape[0], 1), ends)[..., 0] if ctx.has_bias else None
+    return dx, _outer(dy, x, ends), None, db
+
+
+_grouped.register_autograd(_backward, setup_context=_save)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [n, D], weight [G, M, D], ends [G] int64, rising to n, bias [G, M] or None, of one dtype -> [n, M].
+
+    Empty groups are allowed; their gradients are zero.
+    """
+    return _grouped(x, weight, ends, bias)
