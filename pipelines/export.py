@@ -31,7 +31,7 @@ from pipelines.lib.config import InputError, command
 
 FORMAT_VERSION = 1
 RECORD = "export.json"
-Layout = Literal["own", "gpt2", "llama"]
+Layout = Literal["own", "gpt2", "llama", "mistral", "qwen3"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from models.convert.common import as_dtype, one, refuse
+from models.convert.common import Layout, as_dtype, check_nothing_lost, decoder, one, refuse
 from models.gpt.config import GPT, GPTConfig
 from models.gpt.model import GPTForCausalLM
 from models.parts.activation import GELU, Activation, GELUTanh, ReLU, SiLU
@@ -80,11 +80,11 @@ def config_of(spec: GPT) -> GPT2Config:
     names = {cls: name for name, cls in reversed(ACTIVATIONS.items())}
     if type(mlp.activation) not in names:
         refuse("gpt2", f"mlp.activation among {', '.join(ACTIVATIONS)}")
-    if not isinstance(attention, Causal) or attention.window or attention.heads()[0] != attention.heads()[1]:
+    if type(attention) is not Causal or attention.window or attention.heads()[0] != attention.heads()[1]:
         refuse("gpt2", "attention=causal with n_kv_heads=n_heads and no window")
     if attention.width(spec.d_model) * attention.heads()[0] != spec.d_model:
         refuse("gpt2", "head_dim=d_model/n_heads")
-    return GPT2Config(
+    config = GPT2Config(
         vocab_size=spec.vocab,
         n_positions=spec.seq_len,
         n_embd=spec.d_model,
@@ -101,6 +101,8 @@ def config_of(spec: GPT) -> GPT2Config:
         bos_token_id=None,
         eos_token_id=None,
     )
+    check_nothing_lost("gpt2", spec, spec_of(config), added=(".bias",))
+    return config
 
 
 def from_layout(model: GPT2LMHeadModel) -> GPTForCausalLM:
@@ -127,7 +129,7 @@ def from_layout(model: GPT2LMHeadModel) -> GPTForCausalLM:
 
 def to_layout(model: GPTForCausalLM) -> GPT2LMHeadModel:
     """Ours as transformers' GPT-2. Biases that ours does not have become zeros, which leaves the logits as they are."""
-    spec: GPT = model.spec  # type: ignore[assignment]
+    spec = decoder(model, "gpt2")
     out = as_dtype(GPT2LMHeadModel(config_of(spec)), model.dtype)
     ours = model.state_dict()
 
@@ -149,3 +151,6 @@ def to_layout(model: GPTForCausalLM) -> GPT2LMHeadModel:
     out.load_state_dict(state)
     out.generation_config = model.generation_config
     return out.eval()
+
+
+LAYOUTS = {"gpt2": Layout(spec_of, config_of, from_layout, to_layout)}

@@ -15,17 +15,28 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from models.convert import LAYOUTS, gpt2, llama, llama2c, read, write
 from models.convert.__main__ import main
 from models.families import create, load, preset
 from models.parts.activation import GELU, ReLU, SquaredReLU
-from models.parts.attention import Causal
+from models.parts.attention import Causal, Infinite
+from models.parts.linear import BitNet
 from models.parts.mlp import Plain, SwiGLU
 from models.parts.norm import LayerNorm, RMSNorm
+from models.parts.placement import Peri
 from models.parts.position import NoPosition, Rotary
+from models.parts.qk_norm import L2QKNorm, RMSQKNorm
+from models.parts.residual import ReZero
+from models.parts.rotation import NTKScaling
 from models.spec import ConfigError
 
 LLAMA = {
@@ -42,7 +53,31 @@ LLAMA = {
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 GPT2 |= {"bos_token_id": None, "eos_token_id": None}
 ROPE = {"rope_type": "default", "rope_theta": 5e4}
+ORIGINAL = {"original_max_position_embeddings": 16, "factor": 4.0}
+LLAMA3 = ROPE | ORIGINAL | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = ROPE | ORIGINAL | {"rope_type": "yarn", "beta_fast": 8.0, "beta_slow": 1.0}
+GPT2_SIZES = {  # heads, layers and the width of a head: the ratios of the real ones, at an eighth of their width
+    "gpt2 124m": (12, 3, 8),
+    "gpt2 355m": (16, 6, 8),
+    "gpt2 774m": (20, 9, 8),
+    "gpt2 1558m": (25, 12, 8),
+}
 THEIRS = {
+    **{
+        name: lambda heads=heads, layers=layers, h=h: GPT2LMHeadModel(
+            GPT2Config(**GPT2 | {"n_embd": heads * h, "n_layer": layers, "n_head": heads})
+        )
+        for name, (heads, layers, h) in GPT2_SIZES.items()
+    },
+    "llama 3.1's scaling": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=LLAMA3)),
+    "llama linear scaling": lambda: LlamaForCausalLM(
+        LlamaConfig(**LLAMA, rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0})
+    ),
+    "llama yarn": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=YARN)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=5, head_dim=8)),
+    "mistral without a window": lambda: MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=None)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=12, rms_norm_eps=1e-4, tie_word_embeddings=True)),
+    "qwen3 biases": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=8, attention_bias=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "llama biases, wide heads, base": lambda: LlamaForCausalLM(
@@ -127,6 +162,7 @@ def test_generation_settings_travel_with_the_weights():
     assert llama.to_layout(ours).generation_config.eos_token_id == 7
 
 
+mistral, qwen3 = LAYOUTS["mistral"], LAYOUTS["qwen3"]
 TINY = dataclasses.replace(preset("tiny"), vocab_size=61)
 SMALL_GPT2 = dataclasses.replace(preset("nanogpt_char"), vocab_size=61)
 
@@ -138,7 +174,25 @@ SMALL_GPT2 = dataclasses.replace(preset("nanogpt_char"), vocab_size=61)
         (llama, {"norm": LayerNorm()}, "norm=rmsnorm"),
         (llama, {"mlp": Plain()}, "mlp=swiglu"),
         (llama, {"mlp": SwiGLU(activation=GELU())}, "activation=silu"),
-        (llama, {"attention": Causal(n_heads=4, window=3)}, "without a window"),
+        (llama, {"attention": Causal(n_heads=4, window=3)}, "without a window .layout=mistral has one"),
+        (llama, {"attention": Causal(n_heads=4, qk_norm=RMSQKNorm())}, "qk_norm=none .layout=qwen3 has rms"),
+        (llama, {"attention": Causal(n_heads=4, qk_norm=L2QKNorm())}, "attention.qk_norm=none, not l2"),
+        (llama, {"attention": Causal(n_heads=4, softcap=30.0)}, "attention.softcap=None, not 30.0"),
+        (llama, {"attention": Causal(n_heads=4, v_head_dim=8)}, "attention.v_head_dim=16, not 8"),
+        (llama, {"attention": Infinite(n_heads=4, head_dim=16)}, "attention=causal"),
+        (llama, {"position": Rotary(fraction=0.5)}, "position.fraction=1.0, not 0.5"),
+        (llama, {"position": Rotary(scaling=NTKScaling())}, "position.scaling among"),
+        (llama, {"placement": Peri()}, "placement=pre, not peri"),
+        (llama, {"residual": ReZero()}, "residual=add, not rezero"),
+        (llama, {"parallel": True}, "parallel=False, not True"),
+        (llama, {"logit_softcap": 30.0}, "logit_softcap=None, not 30.0"),
+        (llama, {"final_norm": LayerNorm()}, "final_norm=rmsnorm, not layernorm"),
+        (llama, {"norm": RMSNorm(gain=False)}, "norm.gain=True, not False"),
+        (llama, {"mlp": SwiGLU(linear=BitNet())}, "mlp.linear=dense, not"),
+        (qwen3, {"attention": Causal(n_heads=4)}, "attention.qk_norm=rms"),
+        (qwen3, {"attention": Causal(n_heads=4, qk_norm=RMSQKNorm())}, "attention.qk_norm.eps=1e-05, not 1e-06"),
+        (qwen3, {"attention": Causal(n_heads=4, qk_norm=RMSQKNorm(1e-5)), "bias": True}, "mlp.bias=False, not True"),
+        (mistral, {"bias": True}, "attention.bias=False, not True"),
         (llama, {"dropout": 0.1}, "dropout=0"),
         (llama, {"norm": (RMSNorm(), RMSNorm(eps=1e-3))}, "in every layer"),
         (gpt2, {"position": Rotary()}, "position=learned"),
@@ -150,7 +204,7 @@ SMALL_GPT2 = dataclasses.replace(preset("nanogpt_char"), vocab_size=61)
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_by_name(layout, spec, words):
-    base = TINY if layout is llama else SMALL_GPT2
+    base = SMALL_GPT2 if layout is gpt2 else TINY
     with pytest.raises(ConfigError, match=words):
         layout.config_of(dataclasses.replace(base, **spec))
 
@@ -161,8 +215,8 @@ def test_what_a_layout_cannot_say_is_refused_by_name(layout, spec, words):
         (llama, LlamaConfig(**LLAMA, hidden_act="gelu"), "hidden_act=silu, not 'gelu'"),
         (
             llama,
-            LlamaConfig(**LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
-            "rope_type=default, not 'linear'",
+            LlamaConfig(**LLAMA, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "rope_type among default, linear, llama3, yarn .*, not 'dynamic'",
         ),
         (gpt2, GPT2Config(**GPT2, activation_function="tanh"), "activation_function 'tanh'"),
         (gpt2, GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=false"),
@@ -175,13 +229,88 @@ def test_what_our_family_cannot_say_is_refused_by_name(layout, config, words):
 
 
 def test_other_layouts_and_names_are_refused(tmp_path):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=8)).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a 'qwen3' model"):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=61, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is a 'gpt_neox' model"):
         read(tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'llama'"):
         write(create(TINY), tmp_path / "x", "lama")
+
+
+@pytest.mark.parametrize(
+    "name, victim",
+    [
+        ("gpt2", "transformer.h.1.ln_1.weight"),
+        ("gpt2", "transformer.h.2.ln_2.bias"),
+        ("gpt2", "transformer.ln_f.weight"),
+        ("gpt2", "transformer.wpe.weight"),
+        ("llama", "model.layers.0.input_layernorm.weight"),
+        ("qwen3", "model.layers.1.self_attn.q_norm.weight"),
+    ],
+)
+def test_a_weight_that_is_not_there_is_named_and_never_left_random(name, victim, tmp_path):
+    """In the original's GPT-2 import, norms and positions that were not found stayed random without notice."""
+    from safetensors.torch import load_file, save_file
+
+    random_weights(THEIRS[name]()).float().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != victim}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert victim in weights
+    with pytest.raises(ConfigError, match=f"no weights for {victim}"):
+        read(tmp_path)
+    theirs = THEIRS[name]()
+    state = {k: v for k, v in theirs.state_dict().items() if k != victim}
+    theirs.state_dict = lambda: state
+    with pytest.raises(KeyError, match=victim):
+        layout_of(theirs).from_layout(theirs)
+
+
+@pytest.mark.parametrize("name", GPT2_SIZES)
+def test_positions_and_norms_of_every_gpt2_size_arrive(name):
+    theirs = random_weights(THEIRS[name]())
+    ours = layout_of(theirs).from_layout(theirs)
+    state, mine = theirs.state_dict(), ours.state_dict()
+    assert torch.equal(mine["position.weight"], state["transformer.wpe.weight"])
+    assert torch.equal(mine["norm.bias"], state["transformer.ln_f.bias"])
+    for i in range(theirs.config.n_layer):
+        for a, b in (("mixer_norm", "ln_1"), ("mlp_norm", "ln_2")):
+            for kind in ("weight", "bias"):
+                assert torch.equal(mine[f"blocks.{i}.{a}.{kind}"], state[f"transformer.h.{i}.{b}.{kind}"])
+    presets = {p: preset(p) for p in ("gpt2_124m", "gpt2_355m", "gpt2_774m", "gpt2_1558m")}
+    heads = {p.attention.n_heads: p for p in presets.values()}
+    real = heads[theirs.config.n_head]
+    assert dataclasses.replace(real, d_model=theirs.config.n_embd, n_layers=theirs.config.n_layer) == (
+        dataclasses.replace(
+            ours.spec, vocab_size=50257, seq_len=1024, dropout=0.0, mlp=dataclasses.replace(ours.spec.mlp, hidden=None)
+        )
+    )
+
+
+@torch.no_grad()
+def test_qwen2_is_read_and_goes_out_as_a_llama():
+    """Its attention has biases before, none behind; ours gets zeros there."""
+    theirs = random_weights(Qwen2ForCausalLM(Qwen2Config(**LLAMA)))
+    ids = torch.randint(0, 61, (2, 17))
+    ours = layout_of(theirs).from_layout(theirs)
+    want = theirs(ids).logits
+    torch.testing.assert_close(ours(ids).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert not ours.state_dict()["blocks.0.mixer.out.bias"].any()
+    torch.testing.assert_close(llama.to_layout(ours)(ids).logits, want, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"read only.*write layout=llama"):
+        LAYOUTS["qwen2"].to_layout(ours)
+
+
+@torch.no_grad()
+def test_a_window_in_some_layers_is_read_layer_by_layer():
+    config = Qwen3Config(**LLAMA, head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=2)
+    theirs = random_weights(Qwen3ForCausalLM(config))
+    ours = layout_of(theirs).from_layout(theirs)
+    assert [block.attention.window for block in ours.spec.blocks()] == [None, None, 5]
+    ids = torch.randint(0, 61, (2, 17))
+    want = theirs(ids).logits
+    torch.testing.assert_close(ours(ids).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
 def test_dropout_and_options_of_a_config_survive_the_round_trip():
