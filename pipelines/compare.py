@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from models.spec import ConfigError
 from pipelines.lib.config import InputError, command, describe
@@ -42,6 +42,7 @@ class CompareConfig:
     level: of confidence intervals
     baseline: a variant's or a run's name: the others are tested against it (null: every pair)
     shown: variants in colour; the others are grey
+    costs: figures of cost.json besides the usual ones, as columns and as fronts: multiplies, weight_bits, energy_j, ...
     title: heading of the page (null: the names of what is compared)
     out: folder to write to (null: comparison/ in the one folder given, else comparison/ here)
     """
@@ -55,6 +56,7 @@ class CompareConfig:
     level: float = 0.95
     baseline: str | None = None
     shown: int = 12
+    costs: tuple[str, ...] = ()
     title: str | None = None
     out: str | None = None
 
@@ -168,7 +170,7 @@ def run(config: CompareConfig) -> int:
     paths = [storage_path(path) for path in config.runs]
     out = folder_of(config, paths)
     found = collect(paths, config.query, config.experiment)
-    question = question_of(found, config.metric, config.mode, config.at, config.level)
+    question = question_of(found, config.metric, config.mode, config.at, config.level, config.costs)
     findings = analyse(found, question, config.baseline)
     check_writable(out / "compare.html", f"out={out}")
     title = config.title or title_of(config, paths)
@@ -260,7 +262,13 @@ def repeated(config: CompareConfig) -> str:
         for name, f in config.__dataclass_fields__.items()
         if name != "runs" and getattr(config, name) != f.default
     }
-    return shlex.join(["python", "-m", "pipelines.compare", *config.runs, *(f"{k}={v}" for k, v in settings.items())])
+    words = (f"{k}={_word(v)}" for k, v in settings.items())
+    return shlex.join(["python", "-m", "pipelines.compare", *config.runs, *words])
+
+
+def _word(value: Any) -> str:
+    """As the command line takes it."""
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 def write(path: Path, text: str) -> None:

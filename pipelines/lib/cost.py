@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from models.families import create
+from models.families import Family, create
 from models.gpt.config import GPT
 from models.loss import Loss
 from models.optim.groups import AdamW
@@ -68,6 +68,14 @@ class Memory:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def operations(family: Family, T: int) -> dict[str, float]:
+    """What a forward pass per token at context T asks of hardware, by name (models/cost.py); {} if no one says."""
+    try:
+        return family.ops(T).counts()
+    except NotImplementedError:  # a family or part of somebody's own that counts nothing
+        return {}
 
 
 def _status(name: str) -> int:

@@ -29,7 +29,7 @@ from models.loss import Loss
 from models.spec import build
 from pipelines.lib.checkpoint import Checkpoints, State, restore
 from pipelines.lib.config import InputError
-from pipelines.lib.cost import Cost
+from pipelines.lib.cost import Cost, operations
 from pipelines.lib.estimate import Foretold
 from pipelines.lib.jsonl import row_at
 from pipelines.lib.measure import hidden_statistics, peak_flops, update_ratio
@@ -508,6 +508,7 @@ class Course:
         return {
             "parameters": self.config.model.n_parameters(),
             "macs_per_token": per_token / 6,  # of the forward pass: a third of the FLOPs, two of them each
+            **operations(self.config.model, self.config.context),
             "tokens": self.state.tokens,
             "flops": per_token * self.state.tokens,
             "seconds": self.earlier_s + time.monotonic() - self.began,

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from models.cost import Ops
 from models.spec import build
 from pipelines.lib.cost import GIB, PACES, Cost, Memory
 from pipelines.lib.energy import Counter, Meter
@@ -20,7 +21,7 @@ from pipelines.lib.world import World
 from tests.pipelines.test_loop import job, metrics, workers
 from tests.pipelines.tiny import make_tokens, tiny_config
 
-KEYS = {"parameters", "macs_per_token", "memory_gb", "step_time_s", "tokens", "flops", "seconds"}
+KEYS = {"parameters", "macs_per_token", "memory_gb", "step_time_s", "tokens", "flops", "seconds", *Ops().counts()}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,8 @@ def test_a_run_writes_what_it_cost_and_its_outcome_holds_the_last_validation(dat
     assert cost["macs_per_token"] == matrices + 2 * (2 * 32 * 32)
     assert cost["tokens"] == log[12]["train/tokens"] == 12 * 32 * 12
     assert cost["flops"] == 6 * cost["macs_per_token"] * cost["tokens"]
+    assert {name: cost[name] for name in Ops().counts()} == model.ops(32).counts()
+    assert cost["weight_bits"] >= 16 * matrices, "bfloat16 weights, each read once, and gains and biases"
     assert 0 < cost["step_time_s"] * 6 < cost["seconds"], "half of the updates took as long as the median or longer"
     assert 0 < cost["memory_gb"] < 1
     logged = {k: v for k, v in log[12].items() if k.startswith("val/")}

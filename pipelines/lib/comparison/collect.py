@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from models.cost import Ops
 from models.spec import ConfigError, build, flatten, near, plain
 from pipelines.lib.comparison.searches import SearchStory, story_of
 from pipelines.lib.config import InputError
@@ -358,10 +359,10 @@ def costs(
         "step_time_s": _median(rows, "train/step_time_s"),
         "memory_gb": max((r["system/memory_gb"] for r in rows if is_number(r.get("system/memory_gb"))), default=None),
     }
-    if not {"parameters", "flops"} <= set(measured):
-        parameters, flops = model_figures(json.dumps(config.get("model")), config.get("seq_len"))
-        found["parameters"] = parameters
-        found["flops"] = flops * found["tokens"] if flops and found["tokens"] else None
+    if not {"parameters", "flops", *Ops().counts()} <= set(measured):
+        figures = model_figures(json.dumps(config.get("model")), config.get("seq_len"))
+        found |= figures
+        found["flops"] = figures["flops"] * found["tokens"] if figures.get("flops") and found["tokens"] else None
     derived = {k: float(v) for k, v in found.items() if v is not None and k not in measured}
     return {**measured, **derived}, frozenset(derived)
 
@@ -376,19 +377,24 @@ def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def model_figures(model: str, seq_len: int | None) -> tuple[float | None, float | None]:
-    """Parameters and training FLOPs per token of a model's config (JSON text); None where it cannot be built."""
+def model_figures(model: str, seq_len: int | None) -> dict[str, float]:
+    """Parameters, and per token training FLOPs and operations, of a model's config (JSON text).
+
+    Nothing where it cannot be built.
+    """
     import torch
 
     from models.families import Family, create
+    from pipelines.lib.cost import operations
 
     try:
         spec: Any = build(Family, json.loads(model))
         with torch.device("meta"):
             flops = create(spec).flops_per_token(seq_len or spec.seq_len)
-        return float(spec.n_parameters()), float(flops)
+        figures = {"parameters": float(spec.n_parameters()), "flops": float(flops)}
+        return figures | operations(spec, seq_len or spec.seq_len)
     except (ConfigError, NotImplementedError):  # a family that is not here, or a vocabulary that was never known
-        return None, None
+        return {}
 
 
 def machine_of(notes: Sequence[Mapping[str, Any]]) -> dict[str, str]:

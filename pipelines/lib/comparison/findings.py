@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
+from models.cost import Ops
 from models.spec import near
 from pipelines.lib.comparison.collect import Collection, LeftOut, RunRecord, is_number
 from pipelines.lib.comparison.importance import Importance, importance_of
@@ -32,11 +33,18 @@ from pipelines.lib.comparison.variants import (
 from pipelines.lib.config import InputError
 from pipelines.lib.statistics import Difference, Interval, holm, interval, paired, pareto, welch
 
-COSTS = {  # cost -> how people call it; the axes of the Pareto fronts
+COSTS = {  # cost -> how people call it; the axes of the Pareto fronts that everybody wants
     "parameters": "parameters",
     "flops": "training FLOP",
     "step_time_s": "time per update, s",
     "memory_gb": "peak memory, GiB",
+}
+ALL_COSTS = {  # and of those that are drawn when they are named
+    **COSTS,
+    "macs_per_token": "multiply-accumulates per token",
+    "energy_j": "energy, J",
+    "seconds": "training time, s",
+    **{name: f"{name.replace('_', ' ')} per token" for name in Ops().counts()},
 }
 LOSSES = ("val/bpb", "val/nll")  # what decides where nobody says: the first that every run has
 PAIRS_IN_NOTES = 4
@@ -52,12 +60,14 @@ class Question:
     metric: what decides;  mode: whether less or more of it is better
     at: its value at the end of a run, its best one, or the last one that all runs have reached (by tokens)
     level: of confidence intervals; a difference counts at 1 - level
+    costs: what it is set against
     """
 
     metric: str
     mode: Literal["min", "max"]
     at: At = "last"
     level: float = 0.95
+    costs: tuple[str, ...] = tuple(COSTS)
 
     @property
     def sign(self) -> int:
@@ -154,11 +164,12 @@ class Findings:
 
 
 def question_of(
-    found: Collection, metric: str | None, mode: Literal["min", "max"] | None, at: At, level: float
-) -> Question:
+    found: Collection, metric: str | None, mode: Literal["min", "max"] | None, at: At, level: float,
+    costs: Sequence[str] = (),
+) -> Question:  # fmt: skip
     """What decides: as asked; else as the searches say; else bits per byte where all runs have them, else nats.
 
-    Raises InputError for a metric that no run has.
+    costs: what is set against it besides `COSTS`.  Raises InputError for a metric or cost that no run has.
     """
     objectives = {(search.metric, search.mode) for search in found.searches if search.metric}
     if metric is None and len(objectives) == 1:
@@ -170,7 +181,11 @@ def question_of(
     if metric not in there:
         shown = [k for k in there if k.startswith(("val/", "train/"))]
         raise InputError(f"metric={metric}: no run has it{near(metric, shown)}")
-    return Question(metric, mode or "min", at, level)
+    measured = dict.fromkeys(cost for run in found.runs for cost in run.cost if cost in ALL_COSTS)
+    for cost in costs:
+        if cost not in measured:
+            raise InputError(f"costs={cost}: no run has it{near(cost, measured)}")
+    return Question(metric, mode or "min", at, level, tuple(dict.fromkeys([*COSTS, *costs])))
 
 
 def analyse(found: Collection, question: Question, baseline: str | None = None) -> Findings:
@@ -362,7 +377,7 @@ def tokens_of(ranked: Ranked) -> tuple[float, ...]:
 def fronts_of(ranked: Sequence[Ranked], question: Question) -> dict[str, tuple[tuple[int, ...], tuple[bool, ...]]]:
     """For each cost: the fully trained variants that have it, and which no other beats in loss and cost at once."""
     fronts = {}
-    for cost in COSTS:
+    for cost in question.costs:
         points = [i for i, r in enumerate(ranked) if r.group == 0 and math.isfinite(r.costs.get(cost, math.nan))]
         if points:
             on = pareto([(ranked[i].costs[cost], question.sign * ranked[i].interval.mean) for i in points])
@@ -376,7 +391,8 @@ def cost_sources(ranked: Sequence[Ranked]) -> dict[str, str]:
     for r in ranked:
         for run in r.variant.runs:
             for cost in run.cost:
-                derived = "the config" if cost in ("parameters", "flops") else "metrics.jsonl"
+                from_config = cost in ("parameters", "flops") or cost in Ops().counts()
+                derived = "the config" if from_config else "metrics.jsonl"
                 sources.setdefault(cost, set()).add(derived if cost in run.derived else "cost.json")
     return {cost: " and ".join(sorted(s)) for cost, s in sources.items()}
 
@@ -400,7 +416,7 @@ def notes_of(ranked: Sequence[Ranked], pairs: Sequence[Pair], question: Question
     if question.at == "best":
         notes.append(Note("care", "The best of many noisy values of a run is judged, which flatters every run."))
     notes += machine_notes(runs)
-    mixed = [COSTS.get(c, c) for c, how in cost_sources(ranked).items() if " and " in how]
+    mixed = [ALL_COSTS.get(c, c) for c, how in cost_sources(ranked).items() if " and " in how]
     if mixed:
         notes.append(Note("care", f"In cost.json of some runs, for others taken from elsewhere: {', '.join(mixed)}."))
     return notes

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.lib.comparison import sentences, words
 from pipelines.lib.comparison.curves import AXES, Curve, mean_curve, seed_curve, thinned
-from pipelines.lib.comparison.findings import COSTS, Findings, Pair, Ranked
+from pipelines.lib.comparison.findings import ALL_COSTS, Findings, Pair, Ranked
 from pipelines.lib.comparison.html import Safe, buttons, document, join, plot, say, section, table, tag
 from pipelines.lib.comparison.variants import ABSENT, number_axis, word
 
@@ -143,6 +143,7 @@ def finals_section(found: Findings, plots: dict[str, Any], shown: int) -> Safe:
         ("training FLOP", "n"),
         ("per update", "n"),
         ("memory", "n"),
+        *((ALL_COSTS[cost], "n") for cost in sentences.more_columns(question)),
         ("flags", "flags"),
     ]
     body = []
@@ -157,7 +158,7 @@ def finals_section(found: Findings, plots: dict[str, Any], shown: int) -> Safe:
                 f"{len(r.values)}",
                 value,
                 words.bounds(over.low, over.high, found.error) or "–",
-                *sentences.cells(r),
+                *sentences.cells(r, found.question),
                 "; ".join(r.flags),
             ]
         )
@@ -346,7 +347,8 @@ def pair_table(found: Findings) -> Safe:
 
 def fronts_section(found: Findings, plots: dict[str, Any], shown: int) -> Safe:
     places = []
-    for cost, title in COSTS.items():
+    for cost in found.question.costs:
+        title = ALL_COSTS[cost]
         if cost not in found.fronts:
             places.append(tag("div", tag("h3", title), say("No run has this figure.")))
             continue
@@ -377,7 +379,8 @@ def fronts_section(found: Findings, plots: dict[str, Any], shown: int) -> Safe:
         if missing:
             inside.append(say(f"{missing} variants have no such figure."))
         places.append(tag("div", *inside))
-    how = "; ".join(f"{COSTS[c].split(',')[0]} from {h}" for c, h in found.cost_how.items() if c in COSTS)
+    of = found.question.costs
+    how = "; ".join(f"{ALL_COSTS[c].split(',')[0]} from {h}" for c, h in found.cost_how.items() if c in of)
     text = (
         "Filled points are on the front: no other variant is as good in both and better in one. Medians over seeds. "
         f"{how[:1].upper()}{how[1:]}."

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.lib.comparison import sentences, words
 from pipelines.lib.comparison.curves import AXES, Curve, mean_curve, seed_curve, thinned
-from pipelines.lib.comparison.findings import COSTS, Findings
+from pipelines.lib.comparison.findings import ALL_COSTS, Findings
 from pipelines.lib.comparison.page import BANDS, GREY, PAIRS, SAMPLES, colour, dimension, last_samples, shortened
 from pipelines.lib.comparison.variants import ABSENT, word
 
@@ -41,7 +41,8 @@ def comparison_paper(found: Findings, title: str, command: str, shown: int, fold
     if found.pairs:
         parts += ["## Differences", plain(sentences.about_differences(found)), pairs(found)]
     parts.append("## Loss and cost")
-    if image(folder, "fronts", lambda figure: draw_fronts(figure, found, shown), (10, 7)):
+    size = (10, 3.5 * -(-len(question.costs) // 2))
+    if image(folder, "fronts", lambda figure: draw_fronts(figure, found, shown), size):
         parts.append("Filled points are on the front.\n\n![Pareto fronts](fronts.png)")
     else:
         parts.append("No costs are known.")
@@ -76,7 +77,8 @@ def fenced(text: str) -> str:
 
 def results(found: Findings) -> str:
     head = ["", "variant", "seeds", found.question.metric, f"{found.question.level:.0%} interval"]
-    head += ["parameters", "tokens", "training FLOP", "per update", "memory", "flags"]
+    head += ["parameters", "tokens", "training FLOP", "per update", "memory"]
+    head += [*(ALL_COSTS[cost] for cost in sentences.more_columns(found.question)), "flags"]
     rows = [
         [
             r.letter,
@@ -84,12 +86,12 @@ def results(found: Findings) -> str:
             len(r.values),
             words.figure(r.interval.mean, found.error) + (" (not ranked)" if r.group else ""),
             words.bounds(r.interval.low, r.interval.high, found.error) or "–",
-            *sentences.cells(r),
+            *sentences.cells(r, found.question),
             "; ".join(r.flags),
         ]
         for r in found.ranked
     ]
-    return table(head, rows, frozenset(range(2, 10)))
+    return table(head, rows, frozenset(range(2, len(head) - 1)))
 
 
 def differs(found: Findings) -> str:
@@ -247,9 +249,12 @@ def _draw_lines(
 def draw_fronts(figure: Any, found: Findings, shown: int) -> bool:
     if not found.fronts:
         return False
-    places = figure.subplots(2, 2).flat
-    for axes, (cost, title) in zip(places, COSTS.items(), strict=True):
-        axes.set_xlabel(title)
+    costs = found.question.costs
+    places = list(figure.subplots(-(-len(costs) // 2), 2).flat)
+    for axes in places[len(costs) :]:
+        axes.set_axis_off()
+    for axes, cost in zip(places, costs, strict=False):
+        axes.set_xlabel(ALL_COSTS[cost])
         axes.set_ylabel(found.question.metric)
         axes.grid(alpha=0.25)
         if cost not in found.fronts:

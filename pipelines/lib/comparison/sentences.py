@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pipelines.lib.comparison import words
-from pipelines.lib.comparison.findings import COSTS, TESTED, Findings, Pair, Ranked, some
+from pipelines.lib.comparison.findings import ALL_COSTS, COSTS, TESTED, Findings, Pair, Question, Ranked, some
 
 VERDICTS = {"none": "none", "unknown": "no error known"}
 
@@ -37,7 +37,7 @@ def in_short(found: Findings) -> list[str]:
             share = f"{effect.size:.0%} of the variance"
             out.append(f"{effect.key} matters: shuffled, it takes {share} from a forest's prediction.")
     on_fronts = [
-        f"{COSTS[cost].split(',')[0]}: {some([found.ranked[i].letter for i, on in zip(*front, strict=True) if on])}"
+        f"{ALL_COSTS[cost].split(',')[0]}: {some([found.ranked[i].letter for i, on in zip(*front, strict=True) if on])}"
         for cost, front in found.fronts.items()
     ]
     if on_fronts and len(found.compared) > 1:
@@ -104,9 +104,12 @@ def about_pair(pair: Pair) -> str:
     return VERDICTS.get(pair.verdict, "")
 
 
-def cells(ranked: Ranked) -> Sequence[str]:
+def more_columns(question: Question) -> list[str]:
+    """Costs that were asked for besides the usual ones."""
+    return [cost for cost in question.costs if cost not in COSTS]
+
+
+def cells(ranked: Ranked, question: Question) -> Sequence[str]:
     """The costs of a variant, as columns of a table."""
-    return [
-        words.cost(name, ranked.costs.get(name))
-        for name in ("parameters", "tokens", "flops", "step_time_s", "memory_gb")
-    ]
+    usual = ("parameters", "tokens", "flops", "step_time_s", "memory_gb")
+    return [words.cost(name, ranked.costs.get(name)) for name in (*usual, *more_columns(question))]

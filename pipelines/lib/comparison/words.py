@@ -8,7 +8,7 @@ from pipelines.lib.statistics import Interval
 
 MISSING = "not known"
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
-UNITS = {
+UNITS = {  # of a cost; one that is not here is a count
     "parameters": "",
     "tokens": "",
     "flops": "FLOP",

@@ -49,7 +49,8 @@ class Trial:
     status: `done` also when the loss diverged (then it is NaN); `failed`: given up after its retries; `refused`: the
         settings cannot be, with the reason in `error`
     metrics: figures at the end of the piece, such as val/bpb, val/nll, val/score, val/effective_rank
-    cost: parameters, macs_per_token, memory_gb, step_time_s, energy_j, tokens, flops, seconds; what was measured
+    cost: parameters, macs_per_token, memory_gb, step_time_s, energy_j, tokens, flops, seconds, and the counts of
+        operations (models/cost.py); what was measured
     """
 
     number: int

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from models.cost import Ops
 from models.families import create
 from models.spec import build
 from pipelines.lib.comparison.collect import collect, read_run
@@ -93,10 +94,11 @@ def test_how_far_a_run_came(tmp_path, how, status):
 def test_costs_are_measured_or_follow_from_the_config_and_nothing_is_made_up(tmp_path):
     measured = read_run(make_run(tmp_path / "a", 2.0, cost={"parameters": 7, "flops": 5.0, "memory_gb": 0.1}))
     assert measured.cost["parameters"] == 7 and measured.cost["memory_gb"] == 0.1
-    assert measured.derived == {"tokens", "seconds", "step_time_s"}
+    assert measured.derived == {"tokens", "seconds", "step_time_s", *Ops().counts()}
     derived = read_run(make_run(tmp_path / "b", 2.0))
     spec = build(TrainConfig, derived.config).model
     assert derived.cost["parameters"] == spec.n_parameters()
+    assert {name: derived.cost[name] for name in Ops().counts()} == spec.ops(32).counts()
     assert derived.cost["flops"] == create(spec).flops_per_token(32) * 20 * 384
     assert derived.cost["step_time_s"] == 0.25 and derived.cost["memory_gb"] == 0.5 and "energy_j" not in derived.cost
     unknown = make_run(tmp_path / "c", 2.0)

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from pipelines.lib.comparison.collect import collect
-from pipelines.lib.comparison.findings import Question, analyse, compare, question_of, rank, spans
+from pipelines.lib.comparison.findings import COSTS, Question, analyse, compare, question_of, rank, spans
 from pipelines.lib.comparison.variants import labelled, variants_of
 from pipelines.lib.config import InputError
 from tests.pipelines.comparison.folders import make_run, make_search, make_sweep
@@ -171,6 +171,18 @@ def test_pareto_fronts_by_hand(tmp_path):
         make_run(tmp_path / lr, loss, 0, {"optim.lr": float(lr)}, cost={"memory_gb": memory})
     assert findings(tmp_path).fronts["memory_gb"] == ((0, 1, 2, 3), (True, True, False, True))
     assert findings(tmp_path, mode="max").fronts["memory_gb"][1] == (True, False, False, False)
+
+
+def test_counts_of_operations_can_be_asked_for_as_costs(tmp_path):
+    for norm, loss in (("rmsnorm", 2.0), ("layernorm", 2.1)):
+        make_run(tmp_path / norm, loss, 0, {"model.norm": norm})
+    found = findings(tmp_path, costs=("reductions",))
+    assert found.question.costs == (*COSTS, "reductions")
+    rms, layer = (r.costs["reductions"] for r in found.ranked)
+    norms = 2 * found.ranked[0].variant.runs[0].config["model"]["n_layers"] + 1
+    assert layer - rms == norms, "a layernorm takes two sums over a row, an rmsnorm one"
+    with pytest.raises(InputError, match="costs=reduction: no run has it; did you mean 'reductions'"):
+        findings(tmp_path, costs=("reduction",))
 
 
 def test_ranking_is_the_same_for_metrics_in_any_order(tmp_path):

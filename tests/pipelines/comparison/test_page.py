@@ -18,9 +18,9 @@ from tests.pipelines.comparison.folders import make_run, make_sweep
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> | `x` [a](javascript:1)"
 
 
-def findings(folder):
+def findings(folder, costs=()):
     found = collect([folder])
-    return analyse(found, question_of(found, "val/nll", None, "last", 0.95))
+    return analyse(found, question_of(found, "val/nll", None, "last", 0.95, costs))
 
 
 def own_part(page):
@@ -59,6 +59,16 @@ def test_the_page_holds_all_that_was_promised(sweep):
     lines = plots["plot-curves"]["figures"][0]["lines"]
     assert [len(line["seeds"]) for line in lines] == [3, 3] and lines[0]["mean"]["y"][-1] == 2.05
     assert set(lines[0]["mean"]["x"]) == {"tokens", "flops", "seconds"}
+
+
+def test_a_cost_that_was_asked_for_is_a_column_and_a_front(sweep, tmp_path):
+    found = findings(sweep, ("reductions",))
+    page = comparison_page(found, "Two norms", "", 12)
+    assert '<th class="n">reductions per token</th>' in page and "plot-reductions" in data_of(page)["plots"]
+    paper = comparison_paper(found, "Two norms", "", 12, tmp_path)
+    head = next(line for line in paper.splitlines() if "reductions per token" in line)
+    row = next(line for line in paper.splitlines() if line.startswith("| A"))
+    assert head.count("|") == row.count("|") and (tmp_path / "fronts.png").is_file()
 
 
 def test_the_page_asks_the_network_for_nothing(sweep):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import typing
 from dataclasses import replace
 
 import pytest
 
+from models.cost import Ops
 from models.spec import ConfigError, build, plain
 from pipelines import search as command
 from pipelines.lib.config import InputError, read_yaml, write_yaml
 from pipelines.lib.search.domains import Interval, Options, Steps
 from pipelines.lib.search.ledger import Ledger
 from pipelines.lib.search.rules import Rule
-from pipelines.lib.search.rules.greedy import Greedy
+from pipelines.lib.search.rules.greedy import Cost, Greedy
 from pipelines.lib.search.trials import Done, Objective
 from tests.pipelines.search.small import search_words
 from tests.pipelines.search.worlds import World, failed, one_by_one, search
@@ -310,6 +312,16 @@ def test_several_costs_add_up():
     assert (a.increase, b.increase) == (pytest.approx(0.6), pytest.approx(0.2))
     assert chosen(rule, world, trials) == ["b 0 -> 1"]
     assert chosen(Greedy(rounds=1), world, search(world, Greedy(rounds=1))[0]) == ["a 0 -> 1"]
+
+
+def test_every_count_of_operations_can_be_charged():
+    """The laboratory's purpose: of two steps that gain alike the one with fewer exponentials is taken."""
+    assert set(Ops().counts()) < set(typing.get_args(Cost))
+    base, vary = switches("a", "b")
+    counts = lambda t: {"parameters": 10, "exponentials": 100 + 50 * t["a"] + 5 * t["b"]}
+    world = World(base, vary, lambda t: 2 - 0.5 * t["a"] - 0.5 * t["b"], 0.02, counts)
+    rule = build(Rule, {"kind": "greedy", "cost": "exponentials", "rounds": 1})
+    assert chosen(rule, world, search(world, rule)[0]) == ["b 0 -> 1"]
 
 
 def test_rounds_end_the_search():

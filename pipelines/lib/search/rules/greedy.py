@@ -16,7 +16,12 @@ from pipelines.lib.search.moves import Duplicate, Move, check_dimension, moves, 
 from pipelines.lib.search.trials import Ask, Done, Problem, Rule, Trial
 from pipelines.lib.statistics import Difference, paired, quantile
 
-Cost = Literal["parameters", "memory_gb", "step_time_s", "energy_j", "macs_per_token"]
+Cost = Literal[
+    "parameters", "memory_gb", "step_time_s", "energy_j", "macs_per_token",
+    # per token, counted (models/cost.py)
+    "multiplies", "additions", "exponentials", "divisions", "reductions",
+    "table_bytes", "weight_bits", "bit_operations",
+]  # fmt: skip
 
 LOOKS = ((0.25, 0.1), (0.5, 0.3), (1.0, 0.6))  # at this share of the fresh seeds, with this share of the test's level
 DECAY = 0.9  # each test of a search has this share of the level of the one before it
@@ -51,7 +56,9 @@ class Greedy(Rule):
 
     rounds: stop after this many steps were taken (null: when none is proven)
     times: how many values to try each way along a list of numbers ({increment: ...} has its own times)
-    cost: what a step is charged: parameters, memory_gb, step_time_s, energy_j, macs_per_token, or several (summed)
+    cost: what a step is charged, or several (summed): parameters, memory_gb, step_time_s, energy_j, macs_per_token, or
+        a count of operations per token: multiplies, additions, exponentials, divisions, reductions, table_bytes,
+        weight_bits, bit_operations
     cost_floor: relative cost differences below this, or within two standard errors, count as none
     effect: standard errors by which a candidate must be better with the search's seeds to be confirmed
     alpha: chance that a whole search takes any step that is no improvement
