@@ -1,4 +1,4 @@
-"""Measure a model: bits per byte of any text, tasks of the lm-evaluation-harness, the conformance suite.
+"""Measure a model: bits per byte of any text, tasks of the lm-evaluation-harness, CORE, the conformance suite.
 
 reads   run=   a run folder, a checkpoint, or any local Hugging Face folder of a causal language model
         text=, data=, tasks=   what to measure on; none of them: the validation split that the run was trained beside
@@ -8,6 +8,7 @@ writes  out=   results.json: figures with standard errors, config, versions, sha
 python -m pipelines.evaluate runs/demo
 python -m pipelines.evaluate runs/demo text=book.txt stride=64
 python -m pipelines.evaluate runs/demo tasks=arc_easy,my_tasks/ limit=200
+python -m pipelines.evaluate core runs/demo bundle=eval_bundle       (CORE: 22 tasks, their mean over chance)
 python -m pipelines.evaluate check gpt        (or a run, a folder, a recipe, a preset: every promise of the design)
 
 How text is scored. Each document is one sequence that begins with the tokenizer's beginning-of-text token (else its
@@ -20,44 +21,54 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.spec import ConfigError, plain
+from models.spec import ConfigError, fields, plain
 from pipelines.lib import checking
 from pipelines.lib.checking import CheckConfig, run_check
 from pipelines.lib.config import InputError, command, describe
+from pipelines.lib.core import command as core_command
+from pipelines.lib.core.command import CoreConfig, run_core
 from pipelines.lib.corpus import Source
-from pipelines.lib.jsonl import finite
 from pipelines.lib.output import check_writable
+from pipelines.lib.results import (
+    FORMAT_VERSION,
+    LONGEST_CONTEXT,
+    Measuring,
+    Subject,
+    about,
+    context_of,
+    earlier,
+    open_model,
+    open_subject,
+    track,
+    where,
+    write,
+)
 from pipelines.lib.texts import Text, open_data, open_text, open_tokenizer
 
 if TYPE_CHECKING:
     from pipelines.lib.estimate import Estimate
 
-FORMAT_VERSION = 1
 LOGITS_PER_BATCH = {"cpu": 1 << 25, "other": 1 << 29}  # elements of [batch, context, vocabulary]
 TOKENS_PER_BATCH = {"cpu": 1 << 12, "other": 1 << 16}
 ESTIMATE_BATCHES = 4  # of each text that an estimate scores
 ESTIMATE_BASELINE = 1 << 19  # bytes of each text that an estimate compresses
-LONGEST_CONTEXT = 2048  # of a model that states none, and of windows where a model states very many
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Measuring):
     """Measure a model.
 
-    run: run folder, checkpoint folder or any local Hugging Face folder
-    which: the checkpoint of a run: best, last or step_N
     text: text to score: a file, folder, glob, stdlib, or {kind: hub, name: ...} as in pipelines.tokenize
     text_mb: stop reading the text after so many megabytes (2^20 bytes)
     data: folder of token shards to score, as training reads them
@@ -73,17 +84,9 @@ class EvaluateConfig:
     stride: tokens by which windows slide; null: half the context; as much as the context: as training validates
     baselines: also measure gzip, xz and a unigram model on the same text
     batch_size: rows computed together; null: by context, vocabulary and device
-    device: auto, cpu, cuda, mps or xpu
-    dtype: number format of the weights; auto: as they were saved
-    threads: CPU threads; null: the machine's own choice
     seed: of the choice of few-shot examples
-    out: folder for results.json; null: RUN/evaluation/NAME, or evaluation/MODEL/NAME for what is no run
-    overwrite: measure again where results of the same settings are, or others
-    track: where figures go beside results.json
     """
 
-    run: str
-    which: str = "best"
     text: str | Source | None = None
     text_mb: float | None = None
     data: str | None = None
@@ -99,18 +102,10 @@ class EvaluateConfig:
     stride: int | None = None
     baselines: bool = True
     batch_size: int | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int | None = None
     seed: int = 1234
-    out: str | None = None
-    overwrite: bool = False
-    track: Literal["mlflow", "none"] = "mlflow"
 
     def __post_init__(self) -> None:
-        for name in ("context", "stride", "batch_size", "threads", "text_mb", "data_tokens", "limit"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not positive; leave it out for the default")
+        self.positive("context", "stride", "batch_size", "threads", "text_mb", "data_tokens", "limit")
         if self.limit is not None and self.limit > 1 and not self.limit.is_integer():
             raise ConfigError(f"limit={self.limit}: a whole number of documents, or a share below 1")
         for name in ("num_fewshot", "bootstrap"):
@@ -138,61 +133,6 @@ MEASURING = (
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Subject:
-    """The model to measure. folder: its files.  run: the run it belongs to, if any.  step: of a checkpoint."""
-
-    folder: Path
-    run: Path | None
-    step: int
-    weights: dict[str, str]  # file -> sha256
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-
-def open_subject(config: EvaluateConfig) -> Subject:
-    """Find the model that `run` means. Raises InputError for what is none, or has no weights."""
-    from pipelines.lib.jobs import storage_path
-    from pipelines.lib.model_folder import weight_hashes
-    from pipelines.lib.run import Run, resolve
-
-    path = storage_path(config.run)
-    folder = resolve(path, config.which, say=lambda message: print(message, file=sys.stderr))
-    owner = folder.parent.parent if folder.parent.name == "checkpoints" else None
-    number = folder.name.removeprefix("step_")
-    return Subject(
-        folder,
-        owner if owner is not None and Run(owner).exists() else None,
-        int(number) if number.isdigit() else 0,
-        weight_hashes(folder),
-    )
-
-
-def open_model(subject: Subject, config: EvaluateConfig) -> Any:
-    """The model in evaluation mode on its device. Raises InputError for damaged files, ConfigError for the device."""
-    import torch
-
-    from pipelines.lib.model_folder import open_folder
-    from pipelines.lib.world import choose_device
-
-    device = choose_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    return open_folder(subject.folder, config.dtype).to(device)
-
-
-def context_of(model: Any, config: EvaluateConfig) -> int:
-    """Tokens the model sees at most: `context`, else its own. Raises ConfigError if that is longer than its own."""
-    from pipelines.lib.model_folder import context_length
-
-    own = context_length(model)
-    if config.context is not None and own is not None and config.context > own:
-        raise ConfigError(f"context={config.context} is longer than the {own} tokens the model was made for")
-    return config.context or own or LONGEST_CONTEXT
-
-
 def window_of(model: Any, config: EvaluateConfig) -> int:
     """Tokens a window over text reads: the context; of other people's models at most LONGEST_CONTEXT unless told.
 
@@ -200,7 +140,7 @@ def window_of(model: Any, config: EvaluateConfig) -> int:
     """
     from models.lm import LM
 
-    own = context_of(model, config)
+    own = context_of(model, config.context)
     return own if config.context or isinstance(model, LM) else min(own, LONGEST_CONTEXT)
 
 
@@ -273,7 +213,7 @@ def measure_tasks(
     """lm-eval's tasks on the model: (figures by task, prompts that lost their beginning)."""
     from pipelines.lib.harness import run_tasks
 
-    context = context_of(model, config)
+    context = context_of(model, config.context)
     tables, samples, cut = run_tasks(
         model,
         open_tokenizer(subject.folder),
@@ -395,7 +335,8 @@ def run(config: EvaluateConfig) -> int:
         "tasks": found and [found.names, found.fingerprint],
     }
     fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    out = where(config, subject, [text.name for text in texts], found.names if found else (), fingerprint)
+    words = [*(text.name for text in texts), *(found.names if found else ())]
+    out = where(config, subject, words, fingerprint)
     old = earlier(out / "results.json", fingerprint, config.overwrite)
     if old is not None:
         show(old)
@@ -405,7 +346,7 @@ def run(config: EvaluateConfig) -> int:
     results = measure(config, subject, texts, found, out) | {"fingerprint": fingerprint}
     write(out / "results.json", results)
     show(results)
-    track(config, subject, results, out)
+    track(config, subject, results, out, "samples.jsonl")
     print(f"wrote {out / 'results.json'}")
     return 0
 
@@ -420,128 +361,22 @@ def measure(config: EvaluateConfig, subject: Subject, texts: list[Text], found: 
         measured = {text.name: measure_text(model, text, config) for text in texts}
         tasks, cut = measure_tasks(model, config, subject, found, out) if found else ({}, 0)
     except torch.OutOfMemoryError:
-        rows = batch_of(model, context_of(model, config), config)
+        rows = batch_of(model, context_of(model, config.context), config)
         raise InputError(
-            f"batch_size={rows} rows of {context_of(model, config)} tokens do not fit into the memory of "
+            f"batch_size={rows} rows of {context_of(model, config.context)} tokens do not fit into the memory of "
             f"{model.device}; try batch_size={max(1, rows // 2)}, or a smaller context"
         ) from None
-    from pipelines.lib import machine
-
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor()
     return {
-        "format_version": FORMAT_VERSION,
-        "model": {
-            "run": str(subject.run) if subject.run else None,
-            "folder": str(subject.folder),
-            "step": subject.step,
-            "class": type(model).__name__,
-            "parameters": model.num_parameters(),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "sha256": subject.weights,
-        },
+        **about(subject, model, config, *(["lm-eval", "datasets"] if tasks else [])),
         "text": measured,
         "tasks": tasks,
         "cut_prompts": cut,
-        "config": plain(config),
-        "device": f"{model.device} {device}".strip(),
-        "versions": versions(bool(tasks)),
-        "git_sha": machine.git_sha(),
         "date": date,
         "seconds": round(time.perf_counter() - began, 2),
     }
 
 
-def versions(tasks: bool) -> dict[str, str]:
-    from importlib.metadata import version
-
-    packages = ["torch", "transformers", "tokenizers", "numpy", *(["lm-eval", "datasets"] if tasks else [])]
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
 # ---- what is written -------------------------------------------------------------------------------------------------
-
-
-def where(
-    config: EvaluateConfig, subject: Subject, texts: Sequence[str], tasks: Sequence[str], fingerprint: str
-) -> Path:
-    """The folder of the results: `out`, or one whose name says what was measured and ends in the settings' hash."""
-    from pipelines.lib.jobs import storage_path
-
-    if config.out is not None:
-        return storage_path(config.out)
-    parts = [*texts, *tasks]
-    words = "-".join(parts if len(parts) <= 3 else [*parts[:2], f"{len(parts) - 2}_more"])
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in words)[:60]
-    if subject.run is not None:
-        return subject.run / "evaluation" / f"{subject.name}-{name}-{fingerprint[:8]}"
-    return storage_path("evaluation") / subject.name / f"{name}-{fingerprint[:8]}"
-
-
-def earlier(path: Path, fingerprint: str, overwrite: bool) -> dict[str, Any] | None:
-    """The results that are there already. Raises InputError if they are of other settings, or no results at all."""
-    if overwrite or not path.is_file():
-        return None
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        same = old["fingerprint"] == fingerprint
-        if not same:
-            what = f"{old['model']['folder']} of {old['date']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        same, what = False, "something that is no result of this version"
-    if not same:
-        raise InputError(f"{path} holds {what}, measured otherwise; choose another out=, or overwrite=true")
-    return old
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """results.json, whole or not at all. Raises InputError if it cannot be written."""
-    from pipelines.lib.run import write_atomic
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise InputError(f"out={path.parent}: {error.strerror}") from None
-
-
-def figures_of(results: dict[str, Any]) -> dict[str, float]:
-    """The figures under the names they have in MLflow: eval/NAME/METRIC, and its error at .../METRIC_stderr."""
-    found: dict[str, float | None] = {}
-    short = {"bits_per_byte": "bpb", "nats_per_token": "nll", "perplexity": "ppl"}
-    for name, table in results["text"].items():
-        for long, metric in short.items():
-            found[f"eval/{name}/{metric}"] = table[long]
-            found[f"eval/{name}/{metric}_stderr"] = table[f"{long}_stderr"]
-        for baseline, value in table.get("baselines_bits_per_byte", {}).items():
-            found[f"eval/{name}/bpb_{baseline}"] = value
-    for task, table in results["tasks"].items():
-        for metric, entry in table["metrics"].items():
-            found[f"eval/{task}/{metric}"] = entry["value"]
-            found[f"eval/{task}/{metric}_stderr"] = entry["stderr"]
-    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-
-
-def track(config: EvaluateConfig, subject: Subject, results: dict[str, Any], out: Path) -> None:
-    """The figures on the run's own MLflow run, at the checkpoint's step; for what is no run, on a run of their own."""
-    from pipelines.lib.tracking import Tracker
-
-    if config.track == "none":
-        return
-    files = [path for path in (out / "results.json", out / "samples.jsonl") if path.is_file()]
-    figures = figures_of(results)
-    if subject.run is not None:
-        with Tracker.attach(subject.run) as tracker:
-            tracker.metrics(figures, subject.step)
-            for path in files:
-                tracker.artifact(path, f"evaluation/{out.name}")
-        return
-    datasets = [(name, t["fingerprint"], str(t["source"]), "evaluation") for name, t in results["text"].items()]
-    tags = {"model": str(subject.folder), "weights": next(iter(subject.weights.values()))}
-    name = f"{subject.name} {out.name}"
-    with Tracker.start(out, "evaluate", plain(config), name=name, tags=tags, datasets=datasets, system_s=0) as tracker:
-        tracker.metrics(figures, subject.step)
-        for path in files:
-            tracker.artifact(path)
 
 
 def show(results: dict[str, Any]) -> None:
@@ -593,17 +428,26 @@ def show(results: dict[str, Any]) -> None:
         print(line)
 
 
+# Other things to measure, as a first word: the settings, what they do, and the module whose docstring --help shows.
+COMMANDS: dict[str, tuple[type, Callable[[Any], int], ModuleType]] = {
+    "core": (CoreConfig, run_core, core_command),
+    "check": (CheckConfig, run_check, checking),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["check"]:
-        # A bare word is the model, even one that ends in .yaml, which elsewhere is a recipe for the command itself.
+    if words[:1] and words[0] in COMMANDS:
+        cls, work, module = COMMANDS[words[0]]
+        positional = next(iter(fields(cls)))
         if {"-h", "--help"} & set(words):
-            call = "python -m pipelines.evaluate check MODEL key=value ... [--debug]"
-            settings = describe(CheckConfig, positional="model")
-            print("\n".join([str(checking.__doc__), "", call, "", "settings and defaults:", *settings]))
+            call = f"python -m pipelines.evaluate {words[0]} {positional.upper()} key=value ... [--debug]"
+            settings = describe(cls, positional=positional)
+            print("\n".join([str(module.__doc__), "", call, "", "settings and defaults:", *settings]))
             return 0
-        named = [f"model={w}" if "=" not in w and not w.startswith("-") else w for w in words[1:2]]
-        stage = partial(command, CheckConfig, run_check, [*named, *words[2:]], positional="model")
+        # A bare word is the model, even one that ends in .yaml, which elsewhere is a recipe for the command itself.
+        named = [f"{positional}={w}" if "=" not in w and not w.startswith("-") else w for w in words[1:2]]
+        stage = partial(command, cls, work, [*named, *words[2:]], positional=positional)
     else:
         stage = partial(command, EvaluateConfig, run, words, positional="run", estimate=estimate)
     try:

@@ -54,34 +54,43 @@ def windows(n: int, length: int, stride: int, sequence: int = 0) -> Iterator[Win
         scored = end
 
 
-def token_nll(model: Any, ids: Any, targets: Any) -> Any:
-    """Negative log-likelihood in nats of every target that is not IGNORE, [n] float32 (float64 of a float64 model).
+def kept_logits(model: Any, ids: Any, keep: Any) -> Iterator[Any]:
+    """The logits at the positions of `keep`, in order, as slices [n, V] in float32 (float64 of a float64 model).
 
-    model: one of ours, or a causal model of transformers.  ids, targets: [B, T]; targets[b, t] follows ids[b, :t + 1].
+    model: one of ours, or a causal model of transformers.  ids: [B, T].  keep: [B, T] bool.
     The logits of ours are made in slices, so that a large vocabulary costs little memory.
     """
     import torch
-    from torch.nn import functional as F
 
     from models.lm import LM
 
-    keep = targets != IGNORE
-    wanted = targets[keep]
+    keep = keep.to(ids.device)
     if isinstance(model, LM):
-        x = model.hidden(ids)[keep]
         at_once = LOGITS_AT_ONCE["cpu" if ids.device.type == "cpu" else "other"]
-        slices = x.split(max(1, at_once // model.spec.vocab))
-        logits: Iterable[Any] = (model.logits(part) for part in slices)
-        parts = wanted.split([len(part) for part in slices])
+        slices = model.hidden(ids)[keep].split(max(1, at_once // model.spec.vocab))
+        parts: Iterable[Any] = (model.logits(part) for part in slices)
     else:
         last = int(keep.any(0).nonzero()[0])  # logits before the first scored target are spared
         out = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - last).logits
         out = out[:, last - ids.shape[1] :]  # where a model does not know that option
-        logits, parts = (out[keep[:, last:]],), (wanted,)
-    nll = []
-    for part, target in zip(logits, parts, strict=True):
-        part = part if part.dtype == torch.float64 else part.float()
-        nll.append(F.cross_entropy(part, target, reduction="none"))
+        parts = (out[keep[:, last:]],)
+    for part in parts:
+        yield part if part.dtype == torch.float64 else part.float()
+
+
+def token_nll(model: Any, ids: Any, targets: Any) -> Any:
+    """Negative log-likelihood in nats of every target that is not IGNORE, [n] float32 (float64 of a float64 model).
+
+    model: one of ours, or a causal model of transformers.  ids, targets: [B, T]; targets[b, t] follows ids[b, :t + 1].
+    """
+    import torch
+    from torch.nn import functional as F
+
+    keep = targets != IGNORE
+    wanted, at, nll = targets[keep], 0, []
+    for logits in kept_logits(model, ids, keep):
+        nll.append(F.cross_entropy(logits, wanted[at : at + len(logits)], reduction="none"))
+        at += len(logits)
     return torch.cat(nll)
 
 
