@@ -16,6 +16,7 @@ from models.memory import At, Field, Mem
 from models.parts.attend import Seen, attend, repeat_heads, what_is_seen
 from models.parts.gate import Gate, NoGate
 from models.parts.linear import Dense, Linear
+from models.parts.linear_attention import Diagonal, LinearAttention, NoMixing
 from models.parts.mixer import Attention
 from models.parts.mla import MLA
 from models.parts.qk_norm import NoQKNorm, QKNorm, unit_length
@@ -250,4 +251,12 @@ def _near_multiples(value: int, of: int) -> str:
     return f"{low} or {low + of}" if low else str(of)
 
 
-Attention.kinds = {"causal": Causal, "infinite": Infinite, "mla": MLA, "ssm": SSM}
+Attention.kinds = {
+    "causal": Causal,
+    "infinite": Infinite,
+    "mla": MLA,
+    "linear": LinearAttention,
+    "diagonal": Diagonal,
+    "ssm": SSM,
+    "identity": NoMixing,
+}
