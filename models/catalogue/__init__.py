@@ -1,0 +1,1 @@
+"""The catalogue of parts, read from the registries alone: `python -m models.catalogue` prints it."""
