@@ -9,7 +9,6 @@ An `out=` that exists is resumed when the settings are the same (its length may 
 from __future__ import annotations
 
 import dataclasses as dc
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Batches]:
     data: str | tuple[Mix, ...] = mixes[0].path if isinstance(config.data, str) else mixes
     config = dc.replace(config, data=data, out=str(storage_path(config.out)))
     if config.init_from is not None:
-        config = start_from(config, storage_path(config.init_from))
+        config = start_from(config, source_of(config.init_from))
     folders = open_data([mix.path for mix in config.mixes], "size")
     vocab_size = max(folder.vocab_size for folder in folders)
     if config.model.vocab_size is None:
@@ -55,6 +54,15 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Batches]:
     return config, Batches(config, folders)
 
 
+def source_of(init_from: str) -> Path:
+    """The folder that `init_from` names: a run, a model folder, or a model of the Hub. Raises InputError."""
+    from pipelines.lib import hub
+    from pipelines.lib.jobs import storage_path
+
+    path = storage_path(init_from)
+    return hub.model_folder(init_from) if not path.exists() and hub.looks_like_name(init_from) else path
+
+
 def start_from(config: TrainConfig, path: Path) -> TrainConfig:
     """Take the architecture of the model that a run starts from; dropout stays the run's own.
 
@@ -64,7 +72,7 @@ def start_from(config: TrainConfig, path: Path) -> TrainConfig:
     from models.convert import LAYOUTS
     from models.family import FamilyConfig
     from models.spec import flatten, near
-    from pipelines.lib.model_folder import open_folder
+    from pipelines.lib.model_folder import open_folder, same_tokenizer
     from pipelines.lib.run import resolve
 
     folder = resolve(path)
@@ -84,8 +92,8 @@ def start_from(config: TrainConfig, path: Path) -> TrainConfig:
     ]
     if against:
         raise InputError(f"init_from={folder} brings its architecture along ({'; '.join(against)}); leave model out")
-    ours, theirs = (Path(p) / "tokenizer.json" for p in (folder, Path(config.mixes[0].path) / "tokenizer"))
-    if ours.is_file() and theirs.is_file() and json.loads(ours.read_text()) != json.loads(theirs.read_text()):
+    theirs = Path(config.mixes[0].path) / "tokenizer"
+    if (folder / "tokenizer.json").is_file() and theirs.is_dir() and not same_tokenizer(folder, theirs):
         raise InputError(
             f"init_from={folder} has another tokenizer than {config.mixes[0].path}; tokenize with tokenizer={folder}"
         )

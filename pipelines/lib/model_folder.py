@@ -45,3 +45,22 @@ def context_length(model: Any) -> int | None:
         if (found := getattr(config, name, None)) is not None:
             return int(found)
     return None
+
+
+def same_tokenizer(model: Path, data: Path) -> bool:
+    """Whether a model's folder and a data's tokenizer folder read text alike.
+
+    Files may differ (another program wrote them): every token of the data must have the same id in the model's, and
+    hard texts must become the same ids.
+    """
+    from pipelines.lib.vocab import hard_texts, load_tokenizer
+
+    theirs, ours = load_tokenizer(model), load_tokenizer(data)
+    ids = theirs.get_vocab()
+    if any(ids.get(token) != i for token, i in ours.get_vocab().items()):
+        return False
+    encode = lambda tokenizer: [tokenizer.encode(text, add_special_tokens=False) for text in hard_texts(200)]
+    try:
+        return encode(theirs) == encode(ours)
+    except Exception:  # tokenizers raises a bare one where a character is unknown to a vocabulary of characters
+        return True

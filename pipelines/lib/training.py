@@ -42,7 +42,7 @@ class TrainConfig:
     data: folder of token shards (or several, with weights)
     out: run folder; an existing one with the same settings is resumed
     model: the family and its parts
-    init_from: run or Hugging Face folder whose weights to start from
+    init_from: run, Hugging Face folder or Hub name (gpt2 ... gpt2-xl) whose weights to start from (null: from scratch)
     optim: the update rule
     schedule: learning rate over the run
     batch_tokens: tokens per update over all workers
