@@ -159,7 +159,7 @@ class LatentAttention(nn.Module):
         if mem is not None:
             new = {"latent": latent, "rope": rope} if self.r else {"latent": latent}
             latent, *rest = mem.append(at, **new)
-            rope = rest[0] if rest else rope[:, :0].expand(-1, latent.shape[1], -1)
+            rope = rest[0] if rest else latent[..., :0]
         # Memory is much longer than what is new, so keys and values of all of it are not made again for every token.
         fold = mem is not None and self.folds and x.shape[1] * self.c < latent.shape[1] * self.h
         over: Any = self.over_latents if fold else self.over_keys
