@@ -6,22 +6,27 @@ writes  out=   ledger.jsonl (every trial with the command that repeats it), resu
                winner (the best trial's folder; its checkpoint is what sample, evaluate and serve open)
 
 An `out=` that exists is resumed from its ledger when the settings are the same; its budgets may grow.
+FILE may also be an experiment file of the modular laboratory (run_experiments' YAML or JSON with its own flags); it is
+translated, and `python -m pipelines.search import FILE` only prints the translation.
 """
 
 from __future__ import annotations
 
 import dataclasses as dc
+import inspect
 import json
 import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models.spec import plain
 from pipelines.lib.config import InputError, command, write_yaml
+from pipelines.lib.config import describe as describe_settings
 from pipelines.lib.output import shown
 from pipelines.lib.run import Run, differences, write_atomic
 from pipelines.lib.search.ledger import Ledger
@@ -391,8 +396,73 @@ def estimate(config: SearchConfig) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class ImportConfig:
+    """Translate an experiment file of the modular laboratory (run_experiments) into a search file.
+
+    file: the laboratory's YAML or JSON file
+    out: search file to write (null: it is printed)
+    dataset: of several that the file's runs train on, the one that is meant
+    ignore: names of flags that are not known here (of other versions of the laboratory), to be left out
+    """
+
+    file: str
+    out: str | None = None
+    dataset: str | None = None
+    ignore: tuple[str, ...] = ()
+
+
+def run_import(config: ImportConfig) -> int:
+    """Write or print a translation, with what became of each flag as comments."""
+    from pipelines.lib.search.flag_files import import_file
+
+    found = import_file(config.file, config.dataset, config.ignore)
+    if config.out is None:
+        print(found.text(), end="")
+        return 0
+    if Path(config.out).exists():
+        raise InputError(f"out={config.out} exists; choose another")
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(config.out), found.text())
+    print("\n".join(found.notes))
+    where = shlex.quote(config.out)
+    print(f"wrote {where}\nnext: python -m pipelines.search {where} data=FOLDER out=FOLDER dry_run=true")
+    return 0
+
+
+def translated(words: list[str]) -> list[str]:
+    """A command line whose experiment file of the laboratory, if there is one, is replaced by what it says."""
+    for i, word in enumerate(words):
+        follows = i > 0 and words[i - 1].startswith("--") and "=" not in words[i - 1]
+        if word.startswith("-") or follows or not word.endswith((".yaml", ".yml", ".json")) or not Path(word).is_file():
+            continue
+        from pipelines.lib.search.flag_files import import_file, is_laboratory
+
+        if is_laboratory(Path(word)):
+            found = import_file(word)
+            print("\n".join(found.notes), flush=True)
+            return [*words[:i], *found.words(), *words[i + 1 :]]
+    return words
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return command(SearchConfig, run, argv, estimate=estimate)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["import"]:
+        if {"-h", "--help"} & set(words):
+            call = "python -m pipelines.search import FILE key=value ... [--debug]"
+            says = inspect.cleandoc(ImportConfig.__doc__ or "").splitlines()[0]
+            settings = describe_settings(ImportConfig, positional="file")
+            print("\n".join([says, "", call, "", "settings and defaults:", *settings]))
+            return 0
+        # A bare word is the file, which elsewhere, ending in .yaml, is a recipe for the command itself.
+        return command(ImportConfig, run_import, [w if "=" in w or w[:1] == "-" else f"file={w}" for w in words[1:]])
+    if not {"-h", "--help"} & set(words):
+        try:
+            words = translated(words)
+        except InputError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+    return command(SearchConfig, run, words, estimate=estimate)
 
 
 if __name__ == "__main__":

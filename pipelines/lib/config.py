@@ -64,9 +64,10 @@ def read_yaml(text: str, where: str = "") -> Any:
         raise InputError(f"{where or 'YAML'}{line}: {getattr(error, 'problem', None) or error}") from None
 
 
-def write_yaml(tree: Any) -> str:
-    """Plain data as YAML that `read_yaml` reads back equal."""
-    return yaml.dump(tree, sort_keys=False, allow_unicode=True, width=100, Dumper=_Dumper)
+def write_yaml(tree: Any, inline: bool = False) -> str:
+    """Plain data as YAML that `read_yaml` reads back equal. inline: lists and mappings of scalars in one line each."""
+    flow = None if inline else False
+    return yaml.dump(tree, sort_keys=False, allow_unicode=True, width=100, default_flow_style=flow, Dumper=_Dumper)
 
 
 def as_word(value: Any) -> str:
