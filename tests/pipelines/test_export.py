@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from pipelines.lib.export import verify as checks
 from pipelines.lib.export.alone import digest
 from pipelines.lib.shards import _tokenizer_hash, write_manifest
 from pipelines.lib.vocab import Bytes
+from tests.pipelines.test_evaluate import choices_task
 from tests.pipelines.tiny import make_tokens, tiny_config
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -325,3 +327,81 @@ def test_an_upload_that_may_not_be_is_said_in_one_line_without_the_token(hub, ex
         and f"{exported} is complete, so push it again" in said
         and said.count("\n") == 1
     )
+
+
+# ---- a separate virtual environment
+
+
+def requirements(*roots: str) -> list[importlib.metadata.Distribution]:
+    """The installed distributions that `pip install ROOTS` would bring, extras left out."""
+    from packaging.requirements import Requirement
+
+    found: dict[str, importlib.metadata.Distribution] = {}
+    todo = list(roots)
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in found:
+            continue
+        try:
+            found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # of another platform
+            continue
+        wanted = [Requirement(line) for line in found[name].requires or ()]
+        todo += [r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return list(found.values())
+
+
+def environment(folder: Path, *roots: str) -> Path:
+    """A virtual environment that holds some packages and what they need, as links; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for distribution in requirements(*roots):
+        files = distribution.files or ()
+        for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+            target = Path(str(distribution.locate_file(top)))
+            if target.exists() and not (site / top).exists():
+                (site / top).symlink_to(target)
+    return folder / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_a_separate_environment_with_transformers_only_opens_it_and_lm_eval_scores_it_the_same(run, exported, tmp_path):
+    """Equal logits, `generate`, and lm-eval's own `hf` model against our scoring of the run itself."""
+    from pipelines.evaluate import main as evaluate
+
+    python = environment(tmp_path / "alone", "transformers", "torch")
+    for absent in ("models", "pipelines", "ray", "mlflow", "lm_eval", "datasets"):
+        assert subprocess.run([python, "-c", f"import {absent}"], capture_output=True, cwd=tmp_path).returncode == 1
+    model = load(run / "checkpoints" / (run / "best").read_text().strip())
+    weights = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    verified = checks.verify(exported, model, weights, code=True, tokenizer=tokenizer, python=[str(python), "-I"])
+    assert verified.difference == 0 and verified.model_class == "GPTForCausalLM"
+
+    task = choices_task(tmp_path / "task")
+    words = [str(run), f"tasks={task}", f"out={tmp_path / 'ours'}", "samples=true", "track=none", "device=cpu"]
+    assert evaluate(words) == 0
+    ours = json.loads((tmp_path / "ours/results.json").read_text())["tasks"]
+    python = environment(tmp_path / "harness", "transformers", "torch", "lm_eval", "accelerate", "peft")
+    code = (
+        "import json, sys; from lm_eval import simple_evaluate; from lm_eval.tasks import TaskManager\n"
+        "folder, tasks, names = sys.argv[1:]\n"
+        "model = f'pretrained={folder},trust_remote_code=True,dtype=float32,max_length=32'\n"
+        "manager = TaskManager(include_path=tasks, include_defaults=False)\n"
+        "found = simple_evaluate('hf', model_args=model, tasks=names.split(), device='cpu', task_manager=manager)\n"
+        "print('RESULTS', json.dumps([found['results'], found['samples']], default=str))"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    words = [str(python), "-I", "-c", code, str(exported), str(task), " ".join(ours)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=task, env=env, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs, samples = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))[8:])
+    for name, table in ours.items():
+        for metric, entry in table["metrics"].items():
+            assert theirs[name][f"{metric},none"] == pytest.approx(entry["value"], abs=1e-9)
+    rows = [json.loads(line) for line in (tmp_path / "ours/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    for row in rows:
+        (other,) = [sample for sample in samples[row["task"]] if sample["doc_id"] == row["doc_id"]]
+        for (mine, greedy), (likelihood, is_greedy) in zip(row["filtered_resps"], other["filtered_resps"], strict=True):
+            assert float(likelihood) == pytest.approx(float(mine), abs=1e-4) and str(is_greedy) == str(greedy)
