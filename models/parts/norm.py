@@ -120,6 +120,11 @@ class PartialRMSNorm(Norm):
         _check_eps(self.eps)
         require(0 < self.fraction <= 1, f"prmsnorm: fraction={self.fraction} must lie in (0, 1]; 0.0625 is usual")
 
+    @classmethod
+    def small(cls) -> PartialRMSNorm:
+        """More than one channel of a narrow model."""
+        return cls(fraction=0.5)
+
     def channels(self, d: int) -> int:
         """k. Products such as 0.07 * 100 = 7.000000000000001 are not rounded up."""
         return math.ceil(round(self.fraction * d, 9))
@@ -306,6 +311,11 @@ class Capped(Norm):
     def __post_init__(self) -> None:
         _check_radius("capped", self.radius)
 
+    @classmethod
+    def small(cls) -> Capped:
+        """Wide enough for a narrow model's logits to grow."""
+        return cls(radius=16.0)
+
     def build(self, d: int, bias: bool) -> nn.Module:
         return CappedNorm(d, self)
 
@@ -335,6 +345,8 @@ class CappedNorm(nn.Module):
 @dataclass(frozen=True)
 class DynamicTanh(Norm):
     """y = gain * act(alpha x) + bias: no statistic at all.   Source: DyT, arXiv:2503.10622.
+
+    Nothing brings small numbers to size 1, so the source scales embeddings by sqrt(D) (`embedding: {scale: sqrt}`).
 
     alpha: number that x is multiplied by, or where it starts
     learned_alpha: whether it is trained
