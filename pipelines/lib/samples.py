@@ -15,6 +15,7 @@ from models.spec import plain
 from pipelines.lib.config import InputError, as_word
 from pipelines.lib.inspection.draws import Continuation, continuation
 from pipelines.lib.jobs import storage_path
+from pipelines.lib.output import shown
 
 if TYPE_CHECKING:
     from pipelines.sample import SampleConfig
@@ -58,7 +59,7 @@ def write_files(config: SampleConfig, seed: int, folder: Path, engine: Engine, j
     if config.page is not None:
         from pipelines.lib.inspection.draws_page import draws_page
 
-        page = draws_page(looked, config.colour, k, repeated(config, seed), str(folder))
+        page = draws_page(looked, config.colour, k, repeated(config, seed), shown(folder))
         save(storage_path(config.page), page, "page")
 
 

@@ -30,7 +30,7 @@ class Running:
     bad: int = 0
 
     def add(self, x: Tensor) -> None:
-        wide = x.detach().to("cpu", torch.float64).flatten()
+        wide = x.detach().cpu().double().flatten()
         good = wide[wide.isfinite()]
         self.bad += wide.numel() - good.numel()
         if good.numel():
@@ -211,19 +211,19 @@ def _foreign(model: Any, ids: Tensor, seen: Activations) -> tuple[Tensor, Tensor
 def add_heads(heads: list[Head], weights: Tensor) -> None:
     """Adds the rows of attention weights [B, H, T, T] to the heads' figures. A row without weight counts as none."""
     _, H, T, S = weights.shape
-    while len(heads) < H:
-        heads.append(Head())
-    w = weights.detach().to("cpu", torch.float64).clamp_min(0)
-    total = w.sum(-1)  # [B, H, T]
-    visible = (torch.ones(T, S, dtype=torch.bool).tril() & (w > 0).any(0).any(0)).sum(-1)  # keys a query can see
-    p = w / total.clamp_min(1e-300)[..., None]
-    entropy = torch.special.entr(p).sum(-1)
+    heads += [Head() for _ in range(H - len(heads))]
+    weights = weights.detach().cpu()
+    # Keys a query can see, one [T]: with a window they are fewer than the triangle's.
+    visible = (torch.ones(T, S, dtype=torch.bool).tril() & (weights > 0).any(0).any(0)).sum(-1)
     back = (torch.arange(T)[:, None] - torch.arange(S)).clamp_min(0).double()
-    distance = (p * back).sum(-1)
-    counts = (visible >= 2)[None, None] & (total > 0)
-    share = entropy / visible.clamp_min(2).double().log()
-    for h, head in enumerate(heads):
-        rows = counts[:, h]
-        head.n += int(rows.sum())
-        for name, x in (("entropy", entropy), ("share", share), ("distance", distance), ("total", total)):
-            setattr(head, name, getattr(head, name) + float(x[:, h][rows].sum()))
+    for row in weights:  # one at a time: float64 of all of them would fill the memory
+        w = row.double().clamp_min(0)
+        total = w.sum(-1)  # [H, T]
+        p = w / total.clamp_min(1e-300)[..., None]
+        entropy = torch.special.entr(p).sum(-1)
+        share, distance = entropy / visible.clamp_min(2).double().log(), (p * back).sum(-1)
+        counts = (visible >= 2) & (total > 0)
+        for h, head in enumerate(heads):
+            head.n += int(counts[h].sum())
+            for name, x in (("entropy", entropy), ("share", share), ("distance", distance), ("total", total)):
+                setattr(head, name, getattr(head, name) + float(x[h][counts[h]].sum()))

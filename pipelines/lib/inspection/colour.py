@@ -46,7 +46,7 @@ def coloured(one: Continuation, mode: str, k: int) -> Text:
     from rich.style import Style
     from rich.text import Text
 
-    out = Text(one.prompt, style="dim")
+    out = Text().append(one.prompt, "dim")
     ink = hex_of(INK)
     for token, value in zip(one.tokens, values(one.tokens, mode, one.vocab, k), strict=True):
         out.append(token.text, None if value is None else Style(color=ink, bgcolor=hex_of(rgb(value))))

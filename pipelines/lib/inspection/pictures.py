@@ -16,6 +16,7 @@ from pipelines.lib.inspection.colour import INK, rgb, shown
 from pipelines.lib.inspection.draws import Continuation, Token, ends_of_scale, values
 
 COLUMNS = 100  # characters in a line of a picture of text
+SMALLER = 0.82  # a heading's letters, of the text's
 BAND = 32  # steps in one band of a heatmap
 CAPTION = 10  # tokens below a bar chart
 TALLEST = 30_000  # pixels; matplotlib draws no picture of 2^16 or more
@@ -93,7 +94,8 @@ def coloured_picture(all_: Sequence[Continuation], modes: Sequence[str], k: int,
             runs, n = laid_out([(one.prompt, "prompt"), *marks])
             blocks.append((lines, one, mode, runs))
             lines += n + 2.6
-            columns = max(columns, *(at + sum(map(cells, text)) for _, at, text, _ in runs), 0)
+            head = len(one.title()) + len(mode) + sum(map(len, ends_of_scale(one.tokens, mode, one.vocab, k))) + 6
+            columns = max(columns, round(SMALLER * head) + 15, *(at + sum(map(cells, text)) for _, at, text, _ in runs))
     line_in, column_in = 0.19, 0.092
     with figure(columns * column_in + 0.4, (lines + 0.5) * line_in, path, f"picture={path}") as fig:
         ax = fig.add_axes((0, 0, 1, 1))
@@ -103,13 +105,13 @@ def coloured_picture(all_: Sequence[Continuation], modes: Sequence[str], k: int,
         for top, one, mode, runs in blocks:
             low, high = ends_of_scale(one.tokens, mode, one.vocab, k)
             title = f"{mode}   {one.title()}   "
-            put(ax, 0, top + 0.5, title, size * 0.82, "#656a73")
-            at = len(title) * 0.82
-            put(ax, at, top + 0.5, low, size * 0.82, "#656a73")
-            at += len(low) * 0.82 + 1
+            put(ax, 0, top + 0.5, title, size * SMALLER, "#656a73")
+            at = len(title) * SMALLER
+            put(ax, at, top + 0.5, low, size * SMALLER, "#656a73")
+            at += len(low) * SMALLER + 1
             for i in range(24):
                 box(ax, at + i * 0.5, top + 0.1, 0.52, 0.8, rgb(i / 23))
-            put(ax, at + 13, top + 0.5, high, size * 0.82, "#656a73")
+            put(ax, at + 13, top + 0.5, high, size * SMALLER, "#656a73")
             for line, column, text, mark in runs:
                 y = top + 1.4 + line
                 if isinstance(mark, float):
