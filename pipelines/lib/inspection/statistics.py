@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.spec import ConfigError, build
+from models.spec import build
 from pipelines.lib.config import InputError
 from pipelines.lib.inspection.activations import Activations, States, observe
 from pipelines.lib.inspection.weights import Change, TensorFigures, change, figures_of, tensors
@@ -85,7 +85,8 @@ def make(config: StatisticsConfig) -> int:
 
 def subject(config: StatisticsConfig, run: str, which: str) -> tuple[Any, Any]:
     """Where a model lies and whose it is, and what pipelines.evaluate would be asked to read this text."""
-    from pipelines import evaluate
+    from pipelines.evaluate import EvaluateConfig
+    from pipelines.lib.results import open_subject
 
     on: dict[str, Any] = {"text": config.text} if config.text is not None else {"data_tokens": config.tokens}
     if config.text is None:
@@ -93,8 +94,8 @@ def subject(config: StatisticsConfig, run: str, which: str) -> tuple[Any, Any]:
     else:
         on["text_mb"] = max(1, config.tokens * BYTES_PER_TOKEN / 2**20)
     options = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
-    asked = build(evaluate.EvaluateConfig, {"run": run, "which": which, **on, **options})
-    return evaluate.open_subject(asked), asked
+    asked = build(EvaluateConfig, {"run": run, "which": which, **on, **options})
+    return open_subject(asked), asked
 
 
 def look_at(config: StatisticsConfig, one: Any, asked: Any, first: Any) -> Model:
@@ -102,21 +103,19 @@ def look_at(config: StatisticsConfig, one: Any, asked: Any, first: Any) -> Model
     import dataclasses
 
     from models.lm import LM
-    from pipelines import evaluate
-    from pipelines.lib.model_folder import context_length
+    from pipelines.evaluate import open_texts, trained_on
+    from pipelines.lib.results import context_of, open_model
 
     if config.text is None and config.data is None:
-        asked = dataclasses.replace(asked, data=evaluate.trained_on(first))
-    (text,) = evaluate.open_texts(asked, one)[1]
-    model = evaluate.open_model(one, asked)
+        asked = dataclasses.replace(asked, data=trained_on(first))
+    (text,) = open_texts(asked, one)[1]
+    model = open_model(one, asked)
     if not isinstance(model, LM):
         model.set_attn_implementation("eager")  # the others do not say their attention weights
-    own = context_length(model)
-    if config.context is not None and own is not None and config.context > own:
-        raise ConfigError(f"context={config.context} is longer than the {own} tokens that {one.folder} was made for")
+    own = context_of(model, config.context)
+    context = config.context or min(own, LONGEST_CONTEXT)
     if text.largest >= (vocab := int(model.get_input_embeddings().weight.shape[0])):
         raise InputError(f"{text.name}: token {text.largest} is not in the vocabulary of {one.folder}, 0..{vocab - 1}")
-    context = config.context or min(own or LONGEST_CONTEXT, LONGEST_CONTEXT)
     seen = observe(model, batches(text.sequences, context, config.tokens))
     if not seen.tokens:
         raise InputError(f"{text.name}: not one row of 2 tokens to run {one.folder} on")

@@ -19,7 +19,9 @@ from pipelines.lib.config import InputError
 
 AT_ONCE = 1 << 22  # numbers turned into float64 together
 BINS = 61
-LONGEST_SIDE = 4096  # of a matrix whose singular values are computed from the matrix itself
+LONGEST_SIDE = (
+    1024  # of a matrix whose singular values are computed from the matrix itself; five times as long as below
+)
 LONGEST_SHORT_SIDE = 8192  # of one whose singular values are computed at all
 
 

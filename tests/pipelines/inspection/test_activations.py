@@ -125,6 +125,17 @@ def test_heads_of_our_models_are_those_of_queries_and_keys(options):
             assert head.mean() == pytest.approx(other.mean(), rel=1e-4)
 
 
+def test_a_mixer_that_layers_share_counts_for_each_of_them():
+    from models.parts.sharing import Sharing
+    from models.spec import build
+
+    model = gpt(n_layers=3, share_attention=build(Sharing, {"kind": "shared", "size": 3}))
+    assert len({id(b.mixer) for b in model.applications()}) == 1
+    seen = observe(model, [IDS[:1], IDS[1:]])
+    assert len(seen.mixers) == len(seen.mlps) == len(seen.heads) == 3
+    assert len({round(r.rms, 6) for r in seen.mixers}) == 3
+
+
 def test_foreign_models_tell_their_own_states_and_weights():
     model = foreign("gpt2")
     model.set_attn_implementation("eager")

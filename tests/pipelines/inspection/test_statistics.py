@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,6 +114,26 @@ def test_any_folder_on_any_text(kind, tmp_path, capsys, monkeypatch):
     assert tree["models"][0]["tokens"] == 200 and tree["models"][0]["heads"]["0"][0]["entropy"] > 0
 
 
+def test_a_broken_model_still_has_a_page_that_says_so(tmp_path, capsys):
+    model = gpt()
+    with torch.no_grad():
+        next(iter(model.applications())).mlp.up.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "hf")
+    byte_level_tokenizer().save_pretrained(tmp_path / "hf")
+    (tmp_path / "book.txt").write_text(TEXT * 5)
+    words = [
+        str(tmp_path / "hf"),
+        f"text={tmp_path / 'book.txt'}",
+        "tokens=60",
+        f"out={tmp_path / 'out'}",
+        "device=cpu",
+    ]
+    assert main(["statistics", *words]) == 0
+    page = (tmp_path / "out" / "statistics.html").read_text()
+    assert "numbers that are not finite" in page
+    assert json.loads((tmp_path / "out" / "statistics.json").read_text())["models"][0]["states"]["rankme"] is None
+
+
 def test_page_and_figures_go_to_the_runs_mlflow_run(trained, tmp_path):
     import shutil
 
@@ -170,3 +192,10 @@ def test_names_of_tensors_give_role_and_layer():
     assert role_of("head.weight") == ("head", None)
     xs, ys = thinned(range(1, 1001), [1 / i for i in range(1, 1001)])
     assert len(xs) <= 120 and (xs[0], xs[-1]) == (1, 1000) and ys[-1] == 1 / 1000
+
+
+def test_help_of_both_commands_starts_without_torch():
+    code = """import sys; sys.modules.update(torch=None, ray=None, mlflow=None, transformers=None)
+from pipelines.compare import main; raise SystemExit(main(["checkpoints", "-h"]) + main(["statistics", "--help"]))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "path_regex=" in done.stdout and "tokens=8192" in done.stdout, done.stderr
