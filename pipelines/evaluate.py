@@ -9,6 +9,8 @@ python -m pipelines.evaluate runs/demo
 python -m pipelines.evaluate runs/demo text=book.txt stride=64
 python -m pipelines.evaluate runs/demo tasks=arc_easy,my_tasks/ limit=200
 python -m pipelines.evaluate core runs/demo bundle=eval_bundle       (CORE: 22 tasks, their mean over chance)
+python -m pipelines.evaluate contamination books/ bundle=eval_bundle     (which test items stand in a corpus)
+python -m pipelines.evaluate parity runs/demo endpoint=http://127.0.0.1:8000     (the same scores, however asked)
 python -m pipelines.evaluate check gpt        (or a run, a folder, a recipe, a preset: every promise of the design)
 
 How text is scored. Each document is one sequence that begins with the tokenizer's beginning-of-text token (else its
@@ -33,13 +35,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.spec import ConfigError, fields, plain
-from pipelines.lib import checking
+from pipelines.lib import checking, contamination, parity
 from pipelines.lib.checking import CheckConfig, run_check
 from pipelines.lib.config import InputError, command, describe
+from pipelines.lib.contamination import ContaminationConfig, run_contamination
 from pipelines.lib.core import command as core_command
 from pipelines.lib.core.command import CoreConfig, run_core
 from pipelines.lib.corpus import Source
 from pipelines.lib.output import check_writable
+from pipelines.lib.parity import ParityConfig, run_parity
 from pipelines.lib.results import (
     FORMAT_VERSION,
     LONGEST_CONTEXT,
@@ -431,6 +435,8 @@ def show(results: dict[str, Any]) -> None:
 # Other things to measure, as a first word: the settings, what they do, and the module whose docstring --help shows.
 COMMANDS: dict[str, tuple[type, Callable[[Any], int], ModuleType]] = {
     "core": (CoreConfig, run_core, core_command),
+    "contamination": (ContaminationConfig, run_contamination, contamination),
+    "parity": (ParityConfig, run_parity, parity),
     "check": (CheckConfig, run_check, checking),
 }
 
@@ -439,6 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] and words[0] in COMMANDS:
         cls, work, module = COMMANDS[words[0]]
+        words = [words[0], *getattr(module, "words", list)(words[1:])]
         positional = next(iter(fields(cls)))
         if {"-h", "--help"} & set(words):
             call = f"python -m pipelines.evaluate {words[0]} {positional.upper()} key=value ... [--debug]"

@@ -66,6 +66,7 @@ def test_mlflow_is_imported_in_one_file_and_ray_in_few():
         "pipelines/lib/launch.py",  # Ray Train
         "pipelines/lib/search/executor.py",  # Ray Tune
         "pipelines/lib/core/workers.py",  # Ray tasks
+        "pipelines/lib/contamination.py",  # Ray Data
         "pipelines/tokenize.py",  # Ray Data
         "pipelines/demo.py",  # Ray Serve, for one request
         "serving/app.py",  # Ray Serve
