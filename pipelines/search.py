@@ -398,25 +398,32 @@ def estimate(config: SearchConfig) -> Any:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Translate an experiment file of the modular laboratory (run_experiments) into a search file.
+    """Translate an experiment file of the modular laboratory (run_experiments, hyperparam_search) into a search file.
 
     file: the laboratory's YAML or JSON file
     out: search file to write (null: it is printed)
     dataset: of several that the file's runs train on, the one that is meant
     ignore: names of flags that are not known here (of other versions of the laboratory), to be left out
+    param_names: of a greedy search (hyperparam_search), whose --orig_settings or results FILE then is
+    increments: of each of param_names, or one for all
     """
 
     file: str
     out: str | None = None
     dataset: str | None = None
     ignore: tuple[str, ...] = ()
+    param_names: tuple[str, ...] = ()
+    increments: tuple[float, ...] = (1.0,)
 
 
 def run_import(config: ImportConfig) -> int:
     """Write or print a translation, with what became of each flag as comments."""
-    from pipelines.lib.search.flag_files import import_file
+    from pipelines.lib.search.flag_files import import_file, import_greedy
 
-    found = import_file(config.file, config.dataset, config.ignore)
+    if config.param_names:
+        found = import_greedy(config.file, config.param_names, config.increments)
+    else:
+        found = import_file(config.file, config.dataset, config.ignore)
     if config.out is None:
         print(found.text(), end="")
         return 0

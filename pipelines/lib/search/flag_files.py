@@ -1,8 +1,7 @@
 """Experiment files of the modular laboratory (run_experiments' YAML and JSON) as search files of ours.
 
 A file is read as the laboratory read it and expanded by `Space`, whose words and rules are the same; every run is
-translated by itself (flag_runs.py), and what the runs have in common is found again: settings of all runs become
-`fixed`, the others `vary`, as products where they are products. A mapping of plain flags (--orig_settings) is one run.
+translated by itself (flag_runs.py), and what the runs have in common is found again (flag_arrange.py).
 """
 
 from __future__ import annotations
@@ -12,24 +11,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from models.parts.attention import Attention
-from models.parts.mlp import MLP
-from models.spec import ConfigError, build, flatten, near, plain
-from pipelines.lib.config import InputError, Yaml, as_word, override, read_yaml, recipe, write_yaml
+from models.spec import ConfigError, near
+from pipelines.lib.config import InputError, Yaml, as_word, read_yaml, write_yaml
+from pipelines.lib.search.flag_arrange import RECIPE, arrange, built
 from pipelines.lib.search.flag_runs import settings
 from pipelines.lib.search.flag_values import Flags, Lacking
 from pipelines.lib.search.flags import FLAGS, is_flag, left_out, unknown
 from pipelines.lib.search.space import Space
 from pipelines.lib.search.vary import TOP, USES, WORDS
-from pipelines.lib.training import LENGTHS, TrainConfig
 
-RECIPE = "gpt_debug"  # where our search files begin; `fixed` says all that it would say otherwise
-REGISTRIES: dict[str, Any] = {"model.attention": Attention, "model.mlp": MLP}  # parts whose options are keys
+MOST_TRIED = 200  # settings that are looked at for whether they can be; a search looks at all of them
 ALWAYS = (
     "norm_variant_attn",
     "optimizer",
@@ -142,6 +139,67 @@ def _imported(name: str, sweeps: list[dict[str, Any]], dataset: str | None, igno
     here = f"{len(configs)} settings" if len(configs) != 1 else "1 setting"
     head = f"{name}: {len(points)} runs of the laboratory, here {here}, {len(seeds)} seeds each"
     return Imported(search, (head.replace(", 1 seeds each", "").replace(" 1 runs", " 1 run"), *notes), len(configs))
+
+
+def import_greedy(path: str | Path, names: Sequence[str], increments: Sequence[float]) -> Imported:
+    """Translate a greedy search of the laboratory (hyperparam_search). Raises InputError.
+
+    path: its --orig_settings, one run in which a list is a value; or its results, whose last baseline is the run
+    names: its --param_names, that steps are tried of.  increments: of each, or one for all
+    """
+    path = Path(path)
+    found = documents(path)
+    if len(found) != 1 or not isinstance(found[0], dict):
+        raise InputError(f"{path}: the settings of one run are needed, a mapping")
+    given = _numbers(found[0])
+    if "baseline_config" in given:
+        later = [block.get("baseline_config_after") for block in given.get("iterations") or []]
+        given = next((config for config in reversed(later) if config), given["baseline_config"])
+    given = {key: value for key, value in given.items() if value is not None}
+    if wrong := [key for key in (*names, *given) if not is_flag(key)]:
+        raise InputError(f"{path}: {unknown(wrong[0])}")
+    if len(increments) not in (1, len(names)):
+        raise InputError(f"increments: one, or one for each of the {len(names)} param_names, is needed")
+    configs, seeds, told = _translated([given])
+    steps = increments if len(increments) == len(names) else [increments[0]] * len(names)
+    vary = {}
+    for name, step in zip(names, steps, strict=True):
+        key, increment = _step(given, name, step)
+        vary[key] = {"increment": increment}
+    fixed, _ = arrange(configs)
+    search = {
+        "recipe": RECIPE,
+        "fixed": fixed,
+        "rule": "greedy",
+        "objective": {"metric": "val/nll"},
+        "first_seed": seeds[0],
+        "vary": vary,
+    }
+    head = f"{path.name}: a greedy search of the laboratory; here it goes both ways, and a step must be proven"
+    return Imported(search, (head, *told, *_refused(configs)), 1)
+
+
+def _step(given: dict[str, Any], name: str, step: float) -> tuple[str, float]:
+    """The setting that a step of a flag changes, and by how much."""
+    value = given.get(name, FLAGS[name].default) if name in FLAGS else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(
+            f"param_names: {name}={value} is no number that could be stepped along; write its values in vary:"
+        )
+    stepped = value + step
+    stepped = int(stepped) if stepped == int(stepped) else stepped
+    try:
+        before, after = settings(Flags(given)), settings(Flags({**given, name: stepped}))
+    except Lacking as error:
+        raise InputError(f"a step of {name} has no counterpart: {error}") from None
+    keys = [key for key in after if before.get(key) != after[key] and key not in ("micro_batch", "eval_tokens")]
+    if name == "n_layer":  # lists with one entry per layer follow by themselves
+        keys = [key for key in keys if not isinstance(after[key], list)]
+    if len(keys) != 1 or not all(isinstance(found.get(keys[0]), (int, float)) for found in (before, after)):
+        changed = ", ".join(keys) or "nothing"
+        raise InputError(f"param_names: a step of {name} changes {changed}; give its values in vary: instead")
+    change = Decimal(str(after[keys[0]])) - Decimal(str(before[keys[0]]))
+    return keys[0], int(change) if change == change.to_integral_value() else float(change)
 
 
 def _numbers(tree: Any) -> Any:
@@ -263,125 +321,21 @@ def _of_flags(points: list[dict[str, Any]], read: set[str]) -> list[str]:
         elif key not in read:
             dropped.setdefault("nothing that these runs choose reads it", []).append(key)
     told = [f"left out: {', '.join(keys)} ({reason})" for reason, keys in dropped.items()]
-    changed = [key for key in (*given, *ALWAYS) if key in read and FLAGS[key].note]
-    return told + [f"changed: {key}: {FLAGS[key].note}" for key in dict.fromkeys(changed)]
-
-
-# ---- settings as `fixed` and `vary`
-
-
-def arrange(configs: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
-    """`fixed` and `vary` that together give exactly these settings."""
-    keys = list(dict.fromkeys(key for config in configs for key in config))
-    varying = {key for key in keys if len({_text(config.get(key, ...)) for config in configs}) > 1}
-    # Another kind of part begins without options, so all of them are said together with it.
-    varying |= {key for key in keys if any(key.startswith(f"{kind}.") for kind in varying)}
-    fixed = {key: _short(configs[0][key]) for key in keys if key not in varying}
-    usual, said = plain(_built({"steps": 1})), set(flatten(recipe(RECIPE)))
-    for key in [key for key in fixed if key not in LENGTHS and not _is_said(key, said)]:
-        if _is_usual(fixed[key], _at(usual, key)):
-            del fixed[key]
-    for key in sorted(varying - said):
-        kind, _, option = key.rpartition(".")
-        kinds = REGISTRIES[kind].kinds if kind in REGISTRIES else {}
-        having = [config for config in configs if key in config]
-        if kinds and all(_is_usual(config[key], plain(kinds[config[kind]]())[option]) for config in having):
-            varying.remove(key)
-    for unit in {"steps", "tokens", "epochs"} & varying:
-        if unit in configs[0]:
-            fixed[unit] = configs[0][unit]  # a search wants to know a length before it looks at what varies
-    found = boxes([{key: config[key] for key in keys if key in varying and key in config} for config in configs])
-    shared = [
-        key for key in keys if key in varying and all(_text(box.get(key)) == _text(found[0].get(key)) for box in found)
+    changed = [
+        key
+        for key in dict.fromkeys([*given, *ALWAYS])
+        if key in read and any(FLAGS[key].changes(run.get(key, FLAGS[key].default)) for run in points)
     ]
-    vary = {key: _options(found[0][key]) for key in shared}
-    if len(found) > 1:
-        vary["parameter_groups"] = [
-            {key: _options(values) for key, values in box.items() if key not in shared} for box in found
-        ]
-    return fixed, vary
-
-
-def boxes(points: list[dict[str, Any]]) -> list[dict[str, list[Any]]]:
-    """Products, key -> values, that together hold each of the points once. The last key is merged first."""
-    found = [{key: [value] for key, value in point.items()} for point in points]
-    keys = list(dict.fromkeys(key for point in points for key in point))
-    before = -1
-    while before != len(found):
-        before = len(found)
-        for key in reversed(keys):
-            merged: dict[str, dict[str, list[Any]]] = {}
-            for number, box in enumerate(found):
-                rest = _text({k: v for k, v in box.items() if k != key}) if key in box else f"{number} has no {key}"
-                if rest in merged:
-                    merged[rest][key] = merged[rest][key] + box[key]
-                else:
-                    merged[rest] = dict(box)
-            found = list(merged.values())
-    return found
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=repr)
-
-
-def _built(settings: dict[str, Any]) -> Any:
-    """The training config of dotted settings. Raises ConfigError."""
-    tree: dict[str, Any] = {"data": "", "out": ""}
-    for key, value in settings.items():
-        tree = override(tree, key, value)
-    return build(TrainConfig, tree)
+    return told + [f"changed: {key}: {FLAGS[key].note}" for key in changed]
 
 
 def _refused(configs: list[dict[str, Any]]) -> list[str]:
     """Lines for settings that cannot be, by their reasons."""
     reasons: Counter[str] = Counter()
-    for config in configs:
+    for config in configs[:MOST_TRIED]:
         try:
-            assert _built(config).rows
+            assert built(config).rows
         except ConfigError as error:
             reasons[str(error)] += 1
-    return [f"refused: {n} of {len(configs)} settings: {reason}" for reason, n in reasons.items()]
-
-
-def _is_said(key: str, said: set[str]) -> bool:
-    return any(key == other or other.startswith(f"{key}.") for other in said)
-
-
-def _at(tree: Any, key: str) -> Any:
-    """What stands at a dotted key; `...` where there is none."""
-    for word in key.split("."):
-        if not isinstance(tree, dict) or word not in tree:
-            return ...
-        tree = tree[word]
-    return tree
-
-
-def _is_usual(value: Any, usual: Any) -> bool:
-    """Whether a setting, a part among them, says what holds anyhow."""
-    if isinstance(usual, dict):
-        given = {"kind": value} if isinstance(value, str) else value
-        return isinstance(given, dict) and all(_is_usual(item, usual.get(name, ...)) for name, item in given.items())
-    return bool(value == usual)
-
-
-def _short(value: Any) -> Any:
-    """A part without options by its name alone."""
-    if isinstance(value, list):
-        return [_short(item) for item in value]
-    if isinstance(value, dict):
-        return value["kind"] if set(value) == {"kind"} else {key: _short(item) for key, item in value.items()}
-    return value
-
-
-def _options(values: list[Any]) -> Any:
-    """Values of a key as `vary` has them."""
-    options = [_option(_short(value)) for value in values]
-    return options if len(options) > 1 or isinstance(options[0], list) else options[0]
-
-
-def _option(value: Any) -> Any:
-    """A list as an option of a part would be options, so it stands in a list."""
-    if not isinstance(value, dict):
-        return value
-    return {key: [item] if isinstance(item, list) else _option(item) for key, item in value.items()}
+    tried = min(len(configs), MOST_TRIED)
+    return [f"refused: {n} of {tried} settings: {reason}" for reason, n in reasons.items()]

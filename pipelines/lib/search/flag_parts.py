@@ -325,12 +325,14 @@ def feed_forward(f: Flags, i: int, d: int) -> Part:
         middle = middle if isinstance(middle, list) else [middle]
         act = activation(f, "kan_base_activation")
         return {"kind": kind, "order": f.number("kan_poly_order"), "activation": act, "middle": middle}
-    size = f.layers("mlp_size", f.number("shared_mlp_size"))[i]
+    size, factor = f.layers("mlp_size", f.number("shared_mlp_size"))[i], f.number("mlp_expansion_factor")
+    if size is None and (factor != 4 or kind == "swiglu"):  # else what ours has anyhow, which follows the width
+        size = d * factor
     up = normed(f, linear(f, "mlp_up", "mlp"), "l2_norm_mlp_up", "embed")
     down = normed(f, linear(f, "mlp_down", "mlp"), "l2_norm_mlp_down", "hidden")
     return {
         "kind": kind,
-        "hidden": d * f.number("mlp_expansion_factor") if size is None else size,
+        "hidden": size,
         "activation": activation(f, "activation_variant"),
         "up_bias": f("mlp_up_bias"),
         "down_bias": f("mlp_down_bias"),

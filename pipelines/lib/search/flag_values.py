@@ -21,15 +21,28 @@ class Flags:
         self.given, self.read = given, set[str]()
 
     def __call__(self, name: str) -> Any:
+        """A flag's value, of its default's type. Raises InputError."""
         self.read.add(name)
-        return self.given[name] if name in self.given else FLAGS[name].default
+        default = FLAGS[name].default
+        value = self.given.get(name, default)
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise InputError(f"{name}={value!r} is neither true nor false")
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            return self.number(name)
+        return value
 
     def number(self, name: str) -> Any:
-        """A flag that is a number. Raises InputError."""
-        value = self(name)
+        """A flag that is a number, a whole one if its default is. Raises InputError."""
+        self.read.add(name)
+        default = FLAGS[name].default
+        value = self.given.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"{name}={value!r} is no number")
-        return value
+        if not isinstance(default, int):
+            return value
+        if value != int(value):
+            raise InputError(f"{name}={value} is no whole number")
+        return int(value)
 
     def one_of(self, name: str, known: Mapping[str, Any], lacking: tuple[str, ...] = ()) -> Any:
         """What a name stands for. lacking: names that the laboratory has and we have not. Raises Lacking."""

@@ -14,14 +14,26 @@ from typing import Any
 
 from models.spec import near
 
+ANY: Any = object()
+
 
 @dataclass(frozen=True)
 class Flag:
-    """default: of the laboratory's command line.  ours: the setting it becomes.  note: where its meaning differs."""
+    """A flag that runs are translated by.
+
+    default: of the laboratory's command line
+    ours: the setting it becomes
+    note: where its meaning differs, for the value `when`; `ANY`: for every value but the default
+    """
 
     default: Any
     ours: str
     note: str = ""
+    when: Any = ANY
+
+    def changes(self, value: Any) -> bool:
+        """Whether a value means something else here."""
+        return bool(self.note) and (value != self.default if self.when is ANY else value == self.when)
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,6 @@ class LeftOut:
     reason: str
     off: Any
 
-
-ANY = object()
 
 FLAGS: dict[str, Flag] = {
     # size
@@ -44,7 +54,7 @@ FLAGS: dict[str, Flag] = {
     "dropout": Flag(0.0, "model.dropout"),
     "bias": Flag(False, "model.bias"),
     # norms
-    "norm_variant_attn": Flag("rmsnorm", "model.norm", "rmsnorm had no eps there; it has 1e-6 here"),
+    "norm_variant_attn": Flag("rmsnorm", "model.norm", "rmsnorm had no eps there; it has 1e-6 here", "rmsnorm"),
     "norm_variant_output": Flag("rmsnorm", "model.final_norm"),
     "norm_variant_wte": Flag(None, "model.embedding_norm"),
     "norm_variant_abs": Flag(None, "model.position_norm"),
@@ -202,7 +212,7 @@ FLAGS: dict[str, Flag] = {
     # MLP
     "mlp_variant": Flag("mlp", "model.mlp"),
     "mlp_size": Flag(None, "model.mlp.hidden"),
-    "mlp_expansion_factor": Flag(4, "model.mlp.hidden", "times n_embd"),
+    "mlp_expansion_factor": Flag(4, "model.mlp.hidden"),
     "mlp_up_bias": Flag(None, "model.mlp.up_bias"),
     "mlp_down_bias": Flag(None, "model.mlp.down_bias"),
     "mlp_x_offset": Flag(0.0, "model.mlp.x_offset"),
@@ -283,7 +293,7 @@ FLAGS: dict[str, Flag] = {
     "ln_f_input_mixer_variant": Flag("linear", "model.depth: weighted, routed"),
     "ln_f_mixer_top_k": Flag(2, "depth routed: top_k"),
     # training
-    "dataset": Flag("shakespeare_char", "data", "the folder of tokens is given on the command line"),
+    "dataset": Flag("shakespeare_char", "data", "the folder of tokens is given as data="),
     "max_iters": Flag(3500, "steps"),
     "max_tokens": Flag(None, "tokens"),
     "max_epochs": Flag(None, "epochs"),
@@ -294,7 +304,9 @@ FLAGS: dict[str, Flag] = {
     "batch_size": Flag(64, "micro_batch, batch_tokens"),
     "gradient_accumulation_steps": Flag(1, "batch_tokens"),
     "learning_rate": Flag(1e-3, "optim.lr"),
-    "optimizer": Flag("adamw", "optim", "weight decay is of matrices and embeddings here, of everything there"),
+    "optimizer": Flag(
+        "adamw", "optim", "weight decay is of matrices and embeddings here, of everything there", "adamw"
+    ),
     "beta1": Flag(0.9, "optim.betas"),
     "beta2": Flag(0.99, "optim.betas"),
     "adamw_eps": Flag(1e-8, "optim.eps"),
@@ -304,7 +316,7 @@ FLAGS: dict[str, Flag] = {
     "cosine_t_max": Flag(1000, "schedule: cosine"),
     "cosine_eta_min": Flag(0.0, "schedule cosine: min_ratio"),
     "grad_clip": Flag(1.0, "grad_clip"),
-    "dtype": Flag("float16", "precision", "float16 becomes bf16, which needs no loss scaler"),
+    "dtype": Flag("float16", "precision", "float16 becomes bf16, which needs no loss scaler", "float16"),
     "compile": Flag(False, "compile"),
     "seed": Flag(1337, "first_seed, seeds"),
     "patience": Flag(None, "patience", "stopped when P was exceeded there, so it is P + 1 here"),
