@@ -36,27 +36,26 @@ class Constant(Softmax):
 class ConSmax(Constant):
     """y_i = b^(x_i - beta) / gamma, beta and gamma learned per layer: no maximum and no sum.   Source: 2402.10930.
 
+    Exponents (x - beta) ln b above 80 count as 80, so that no score overflows.
+
     beta: where beta starts
     gamma: where gamma starts, above 0
     base: b, above 1
-    clamp: exponents (x - beta) ln b are held below it, so that no score overflows
     per_key: whether weights are also divided by the number of keys that the query sees
     """
 
     beta: float = 2.5
     gamma: float = 100.0
     base: float = math.e
-    clamp: float = HIGHEST
     per_key: bool = False
 
-    cancels: ClassVar[tuple[str, ...]] = ("beta", "gamma", "clamp", "per_key")
+    cancels: ClassVar[tuple[str, ...]] = ("beta", "gamma", "per_key")
 
     def __post_init__(self) -> None:
         self._check("consmax")
-        _check_clamp("consmax", self.clamp)
 
     def build(self, n_heads: int | None) -> nn.Module:
-        return ConstantRows(self, self.clamp, None if n_heads is None else ())
+        return ConstantRows(self, HIGHEST, None if n_heads is None else ())
 
     def n_parameters(self, n_heads: int | None) -> int:
         return 0 if n_heads is None else 2
@@ -67,7 +66,7 @@ class ConSmaxV2(ConSmax):
     """y_i = b^(x_i - beta f) / (gamma g), f and g learned per head from 1.   Source: arXiv:2402.10930, per head."""
 
     def build(self, n_heads: int | None) -> nn.Module:
-        return ConstantRows(self, self.clamp, None if n_heads is None else (n_heads, 1, 1), factors=True)
+        return ConstantRows(self, HIGHEST, None if n_heads is None else (n_heads, 1, 1), factors=True)
 
     def n_parameters(self, n_heads: int | None) -> int:
         return 2 * (n_heads or 0)
@@ -84,7 +83,7 @@ class ConSmaxQuantised(ConSmax):
     beta_step: float = 0.01
     gamma_step: float = 0.1
 
-    cancels: ClassVar[tuple[str, ...]] = ("beta", "gamma", "clamp", "per_key", "beta_step", "gamma_step")
+    cancels: ClassVar[tuple[str, ...]] = ("beta", "gamma", "per_key", "beta_step", "gamma_step")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +92,7 @@ class ConSmaxQuantised(ConSmax):
 
     def build(self, n_heads: int | None) -> nn.Module:
         steps = (self.beta_step, self.gamma_step)
-        return ConstantRows(self, self.clamp, None if n_heads is None else (), steps=steps)
+        return ConstantRows(self, HIGHEST, None if n_heads is None else (), steps=steps)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,17 @@ class SaturatingConSmax(Constant):
 
     def __post_init__(self) -> None:
         self._check("saturatingconsmax")
-        _check_clamp("saturatingconsmax", self.saturation * math.log(self.base))
+        top = self.saturation * math.log(self.base)
+        require(
+            0 < top <= HIGHEST,
+            f"saturatingconsmax: saturation={self.saturation} is an exponent of e of {top:g}, which must lie in "
+            f"(0, {HIGHEST:g}], or float32 overflows",
+        )
+
+    @classmethod
+    def small(cls) -> SaturatingConSmax:
+        """Scores of a narrow model reach it."""
+        return cls(beta=0.0, saturation=2.0)
 
     def build(self, n_heads: int | None) -> nn.Module:
         shape = None if n_heads is None else ()
@@ -175,9 +184,3 @@ class ConstantRows(Rows):
         if self.per_key:
             weights = weights / count(visible)
         return torch.where(visible, weights, 0.0).to(scores.dtype)
-
-
-def _check_clamp(kind: str, clamp: float) -> None:
-    require(
-        0 < clamp <= HIGHEST, f"{kind}: exponents up to {clamp:g} must lie in (0, {HIGHEST:g}], or float32 overflows"
-    )

@@ -311,11 +311,6 @@ class Capped(Norm):
     def __post_init__(self) -> None:
         _check_radius("capped", self.radius)
 
-    @classmethod
-    def small(cls) -> Capped:
-        """Wide enough for a narrow model's logits to grow."""
-        return cls(radius=16.0)
-
     def build(self, d: int, bias: bool) -> nn.Module:
         return CappedNorm(d, self)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LARGEST = 1e9  # scores are held within +-LARGEST, so that their powers up to the fourth stay finite in float32
 FLOOR = 1e-12
+ZEROS = "it gives {} the probability 0, whose loss is infinite and without gradient; use it in attention"
 HIGHEST = 80.0  # e^80 = 5.5e34, of which float32 can still add thousands
 
 

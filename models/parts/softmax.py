@@ -21,6 +21,7 @@ from models.parts.numeric import require, straight_through, wide
 from models.parts.rows import (
     FLOOR,
     HIGHEST,
+    ZEROS,
     Normalised,
     Rows,
     Softmax,
@@ -305,21 +306,16 @@ class ArgMax(Softmax):
     def ops(self, n_keys: int) -> Ops:
         return Ops(additions=n_keys, reductions=1)
 
+    def refuses_output(self) -> str | None:
+        return ZEROS.format("tokens but one")
 
-class ArgMaxRows(Rows):
-    """As output its logarithms are 0 and log FLOOR, with the gradient of the logits."""
 
-    def logs(self, z: Tensor) -> Tensor:
-        return straight_through((1 - self.hard(z)) * math.log(FLOOR), z)
-
-    @staticmethod
-    def hard(z: Tensor) -> Tensor:
-        return torch.zeros_like(z).scatter(-1, z.argmax(-1, keepdim=True), 1.0)
-
+class ArgMaxRows(nn.Module):
     def forward(self, scores: Tensor, seen: Tensor | None = None) -> Tensor:
         z, visible = clean(scores, seen)
         z = hide(z, visible)
-        return torch.where(visible, straight_through(self.hard(z), z.softmax(-1)), 0.0).to(scores.dtype)
+        hard = torch.zeros_like(z).scatter(-1, z.argmax(-1, keepdim=True), 1.0)
+        return torch.where(visible, straight_through(hard, z.softmax(-1)), 0.0).to(scores.dtype)
 
 
 class Sparse(Softmax):
@@ -355,7 +351,7 @@ class Entmax15(Sparse):
     alpha = 1.5
 
 
-class SparseRows(Rows):
+class SparseRows(nn.Module):
     """The threshold is found by sorting, without gradient; one Newton step makes it exact and gives its gradient."""
 
     def __init__(self, alpha: float) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from models.cost import Ops
 from models.parts.numeric import require
-from models.parts.rows import FLOOR, Rows, Softmax, check_base, clean, count
+from models.parts.rows import FLOOR, ZEROS, Rows, Softmax, check_base, clean, count
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,6 @@ class DividedRows(Rows):
         return torch.where(visible, weights, 0.0).to(scores.dtype)
 
 
-ZEROS = "it gives every token with a logit {} the probability 0: infinite loss without gradient; use it in attention"
-
-
 @dataclass(frozen=True)
 class ReLUMax(Divided):
     """y_i = max(x_i, 0) / divisor (usually 256).   Source: arXiv:2309.08586 (ReLU attention divided by length)."""
@@ -89,7 +86,7 @@ class ReLUMax(Divided):
         return F.relu(z)
 
     def refuses_output(self) -> str | None:
-        return ZEROS.format("below 0")
+        return ZEROS.format("tokens with a logit below 0")
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def pfla(knots, span, finish):
         def f(x):
             if x < -span:
                 return heights[0] + 0 * x
-            i = min(int((float(x) + span) / step), knots - 2)
+            i = min(int((x.item() + span) / step), knots - 2)
             return heights[i] + (heights[i + 1] - heights[i]) * (x - (-span + i * step)) / step
 
         return finish([f(x) for x in xs])
@@ -132,10 +132,10 @@ def threshold(power):
 
     def row(xs, p, h):
         xs = [x / 2 if power == 2 else x for x in xs]
-        low, high = max(map(float, xs)) - 2, max(map(float, xs))
+        low, high = max(x.item() for x in xs) - 2, max(x.item() for x in xs)
         for _ in range(200):
             t = (low + high) / 2
-            total = sum(max(float(x) - t, 0) ** power for x in xs)
+            total = sum(max(x.item() - t, 0) ** power for x in xs)
             low, high = (t, high) if total >= 1 else (low, t)
         counted = [x for x in xs if x > low]
         k, first = len(counted), sum(counted)
@@ -152,7 +152,7 @@ def threshold(power):
 def arg_max(xs, p, h):
     """1 at the greatest; the gradient is softmax's, which is added and taken away."""
     soft = over_sum(torch.exp)(xs, p, h)
-    best = max(range(len(xs)), key=lambda i: float(xs[i]))
+    best = max(range(len(xs)), key=lambda i: xs[i].item())
     return [(1.0 if i == best else 0.0) + y - y.detach() for i, y in enumerate(soft)]
 
 
@@ -178,7 +178,7 @@ LOOPS = [
     ({"kind": "pfla", "knots": 4, "span": 2.0, "obo": 0.5}, pfla(4, 2.0, lambda w: [v / (0.5 + sum(w)) for v in w])),
     ({"kind": "pfla", "normalise": False, "divisor": 5.0}, pfla(30, 10.0, lambda w: [v / 5 for v in w])),
     ({"kind": "consmax"}, consmax()),
-    ({"kind": "consmax", "base": 2.0, "beta": -1.0, "gamma": 7.0, "clamp": 1.0}, consmax(2.0, 1.0)),
+    ({"kind": "consmax", "base": 2.0, "beta": -1.0, "gamma": 7.0}, consmax(2.0)),
     ({"kind": "consmax_v2"}, consmax(heads=True)),
     ({"kind": "saturatingconsmax", "saturation": 1.0, "beta": 0.3}, consmax(cap=1.0)),
     (
@@ -428,10 +428,11 @@ OUTPUT = [kind for kind in KINDS if Softmax.kinds[kind]().refuses_output() is No
 
 
 def test_output_softmaxes_are_those_that_give_every_token_a_chance():
-    assert set(KINDS) - set(OUTPUT) == {"sparsemax", "entmax15", "relumax", "relu2max", "softshrink", "gelumax"}
+    zeros = {"sparsemax", "entmax15", "ste_argmax", "relumax", "relu2max"}
+    assert set(KINDS) - set(OUTPUT) == zeros | {"softshrink", "gelumax"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OUTPUT if kind != "ste_argmax"])
+@pytest.mark.parametrize("kind", OUTPUT)
 def test_log_weights_are_the_logarithms_of_the_normalised_weights(kind):
     softmax = exact(Softmax.kinds[kind]().build(None))
     z = torch.randn(3, 5, 11, dtype=torch.float64) * 4
@@ -470,13 +471,9 @@ def test_options_that_cancel_are_refused_for_the_output():
     assert "\n" not in ReLU2Max().refuses_output() and "logit below 0" in ReLU2Max().refuses_output()
 
 
-def test_argmax_as_output_trains_like_softmax_behind_its_hard_choice():
-    z = torch.randn(2, 5, requires_grad=True)
-    logs = ArgMax().build(None).log_weights(z)
-    assert (logs.argmax(-1) == z.argmax(-1)).all() and (logs.max(-1).values == 0).all()
-    F.cross_entropy(logs, torch.tensor([1, 2])).backward()
-    want = (logs.softmax(-1) - F.one_hot(torch.tensor([1, 2]), 5)) / 2
-    torch.testing.assert_close(z.grad, want.detach())
+def test_consmax_holds_exponents_that_would_overflow():
+    weights = ConSmax(gamma=1.0).build(H)(torch.tensor([82.0, 83.0, 1e4]).expand(1, H, 1, 3))
+    assert weights.isfinite().all() and weights[0, 0, 0, 0] < weights[0, 0, 0, 1] == weights[0, 0, 0, 2]
 
 
 # ---- the rest
@@ -524,7 +521,6 @@ def test_bfloat16_scores_have_float32_statistics(kind):
         ({"kind": "strongermax", "max_guess": 1.0}, "max_guess=1.0 has no effect with normalise"),
         ({"kind": "strongermax", "divisor": 0.0}, "divisor=0.0 must be above 0"),
         ({"kind": "consmax", "gamma": 0.0}, "gamma=0.0 must be above 0"),
-        ({"kind": "consmax", "clamp": 100.0}, "exponents up to 100"),
         ({"kind": "saturatingconsmax", "saturation": 60.0, "base": 4.0}, "or float32 overflows"),
         ({"kind": "consmax_quantised", "beta_step": 0.0}, "beta_step=0.0 must be above 0"),
         ({"kind": "polymax", "start": 1.0}, "start=1.0 must be below 0"),
