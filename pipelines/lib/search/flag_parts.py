@@ -169,11 +169,8 @@ def softmax(f: Flags) -> Part:
     def consmax(kind: str) -> Part:
         part = {"kind": kind, "beta": f.number("consmax_initial_beta"), "gamma": f.number("consmax_initial_gamma")}
         part["base"] = based("consmax")
-        if kind == "consmax_v2":
-            if not f("consmax_per_head"):
-                part["kind"] = "consmax"
-            if f("consmax_v2_clamping"):
-                part["clamp"] = f.number("consmax_v2_clamp_value") * math.log(part["base"])
+        if kind == "consmax_v2" and not f("consmax_per_head"):
+            part["kind"] = "consmax"
         if kind == "saturatingconsmax":
             part["saturation"] = f.number("consmax_saturation")
             part |= {f"learn_{x}": f(f"consmax_learnable_{x}") for x in ("beta", "gamma")}

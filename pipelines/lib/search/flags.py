@@ -153,8 +153,6 @@ FLAGS: dict[str, Flag] = {
     "consmax_use_euler_base": Flag(True, "softmax consmax: base"),
     "consmax_base": Flag(2.0, "softmax consmax: base"),
     "consmax_per_head": Flag(True, "softmax consmax_v2 (per head) or consmax"),
-    "consmax_v2_clamping": Flag(False, "softmax consmax_v2: clamp", "exponents are always held below 80 here"),
-    "consmax_v2_clamp_value": Flag(80.0, "softmax consmax_v2: clamp"),
     "consmax_saturation": Flag(11.0, "softmax saturatingconsmax: saturation", "the curve fell there; it is flat here"),
     "consmax_learnable_beta": Flag(True, "softmax saturatingconsmax: learn_beta"),
     "consmax_learnable_gamma": Flag(True, "softmax saturatingconsmax: learn_gamma"),
@@ -354,7 +352,7 @@ _WITHOUT_EFFECT = {
         "lsv_index lsv_variant apply_vector_scaling_factor"
     ),
     "numbers cannot overflow here": (
-        "strongermax_clamping strongermax_clamp_value strongermax_overflow_recompute* softermax_use_xmax"
+        "consmax_v2_clamping strongermax_clamping strongermax_clamp_value strongermax_overflow_recompute* softermax_use_xmax"
     ),
     "had no effect in the laboratory": "adamw_betas mla_latent_dim mla_rotary_dim lsa_num_knots softmax_variant_output",
     "had no effect in the laboratory: its rate stayed constant; fixed.schedule=cosine is the usual choice": (
@@ -439,6 +437,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
         "attn_post_act_l2_norm": False,
         "shifted_gelu_learnable_shift": True,
         "exppolymax_y_intercept": 1.0,
+        "consmax_v2_clamp_value": 80.0,
         "relu2max_line_transition": ANY,
         "pfla_softmax_learn_x": False,
         "pfla_softmax_learn_y": True,

@@ -64,7 +64,6 @@ RUNS: list[dict[str, Any]] = [
     {},
     *({"softmax_variant_attn": kind, "div_by_seq_len": True} for kind in SOFTMAXES),
     {"softmax_variant_attn": "strongermax", "strongermax_div_by_sum_of_terms": False},
-    {"softmax_variant_attn": "consmax_v2", "consmax_v2_clamping": True},
     {"softmax_variant_attn": "consmax", "consmax_use_euler_base": False},
     {"softmax_variant_attn": "sigsoftmax", "sigsoftmax_use_euler_base": False},
     {"softmax_variant_attn": "exppolymax", "exppolymax_use_euler_base": False},
@@ -156,7 +155,7 @@ def one(folder, **flags):
 
 
 def test_every_flag_of_the_specification_is_translated_or_left_out_with_a_reason():
-    assert len(SPECIFIED) > 180
+    assert len(SPECIFIED) > 160
     for name in SPECIFIED:
         found = left_out(name)
         assert name in FLAGS or (found is not None and len(found.reason) > 3), name
