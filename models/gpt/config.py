@@ -93,13 +93,7 @@ class GPT(Family):
             raise ConfigError(f"init_std={self.init_std} must be above 0; 0.02 is usual")
         if self.logit_softcap is not None and not self.logit_softcap > 0:
             raise ConfigError(f"logit_softcap={self.logit_softcap} must be above 0; 30 is usual, none is no cap")
-        if isinstance(self.position, tuple):
-            for position in self.position:
-                if position.embeds:
-                    raise ConfigError(
-                        f"position={kind_of(position)} is added to the embedding, so it cannot stand in a list per "
-                        "layer; give it alone"
-                    )
+        self._check_position()
         for block in self.blocks():
             block.check()
             if block.parallel and (self.mlp_placement is not None or self.mlp_residual is not None):
@@ -114,6 +108,21 @@ class GPT(Family):
         self.embedding.width(self.d_model)
         self.depth.n_parameters(self.n_layers, self.d_model)
         self.depth.ops(self.n_layers, self.d_model)
+
+    def _check_position(self) -> None:
+        """What belongs to the whole model stands in no list, and a bias that all layers share fits all of them."""
+        blocks = self.blocks()
+        for position in self.position if isinstance(self.position, tuple) else ():
+            if position.embeds or position.shared:
+                what = "is added to the embedding" if position.embeds else "shares one bias among all layers"
+                raise ConfigError(
+                    f"position={kind_of(position)} {what}, so it cannot stand in a list per layer; give it alone"
+                )
+        if blocks[-1].position.shared and len({block.attention.scored(block) for block in blocks}) > 1:
+            raise ConfigError(
+                f"position={kind_of(blocks[-1].position)}: layers that share one bias need equally many heads; give "
+                "attention.n_heads one value, or leave shared out"
+            )
 
     def _check_norms(self) -> None:
         block = self.blocks()[-1]

@@ -96,6 +96,11 @@ class YarnScaling(RopeScaling):
     slow: float = 1.0
     attention: float | None = None
 
+    @classmethod
+    def small(cls) -> YarnScaling:
+        """Has its ends among the two pairs of the conformance suite's heads."""
+        return cls(original=4096, fast=12.0, slow=0.03)
+
     def frequencies(self, f: Tensor, base: float) -> Tensor:
         last = 2 * len(f) - 1
 
@@ -138,6 +143,11 @@ class Llama3Scaling(RopeScaling):
     low: float = 1.0
     high: float = 4.0
     original: int = 8192
+
+    @classmethod
+    def small(cls) -> Llama3Scaling:
+        """Has its ends among the two pairs of the conformance suite's heads."""
+        return cls(original=1500)
 
     def frequencies(self, f: Tensor, base: float) -> Tensor:
         s = ((self.original * f / (2 * math.pi) - self.low) / (self.high - self.low)).clamp(0, 1)

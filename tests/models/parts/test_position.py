@@ -16,7 +16,7 @@ from models.check import CHECKS, stirred
 from models.families import create
 from models.gpt.config import GPT
 from models.memory import At
-from models.parts.attention import Causal, Infinite
+from models.parts.attention import Attention, Causal, Infinite
 from models.parts.mlp import Plain
 from models.parts.norm import RMSNorm
 from models.parts.position import (
@@ -479,3 +479,35 @@ def test_positions_reach_infinite_heads():
         a, b = (model_of(p, attention=Infinite(n_heads=3, head_dim=4)) for p in (position, NoPosition()))
         b.load_state_dict(a.state_dict())
         assert (a(x).logits - b(x).logits).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"position": (FIRE(shared=True), Rotary())}, "position=fire shares one bias among all layers, so it cannot"),
+        ({"position": (Mixed(), Mixed())}, "position=mixed is added to the embedding, so it cannot stand in a list"),
+        (
+            {"attention": Causal(n_heads=(4, 2)), "position": FIRE(shared=True)},
+            "position=fire: layers that share one bias need equally many heads",
+        ),
+    ],
+)
+def test_what_belongs_to_the_whole_model_is_refused_in_a_list(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(GPT_BASE, **changes)
+
+
+def test_layers_may_have_schemes_of_their_own():
+    model = model_of((Rotary(), FIRE(width=3)))
+    assert model.blocks[0].mixer.scores.bias is None and model.blocks[1].mixer.rotation is None
+    assert model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_schemes_that_act_on_scores_are_refused_where_there_are_none():
+    for name, words in (("ssm", "has none to turn"), ("linear", "adds to attention scores")):
+        if name in Attention.kinds:
+            attention = Attention.kinds[name]
+            attention = getattr(attention, "small", attention)()
+            position = Rotary() if name == "ssm" else ALiBi()
+            with pytest.raises(ConfigError, match=words):
+                block_of(attention, position, d_model=16)
