@@ -262,6 +262,10 @@ def chunkwise(
     each in one piece; a token sums over its own. Returns [B, T, H, h] and [B, H, h, h].
     """
     B, T, H, h = q.shape
+    if T == 1:  # decoding
+        new = k[:, 0, :, :, None] * v[:, 0, :, None]
+        new = new if state is None else state + new
+        return (q[:, 0, :, None] @ new).transpose(1, 2), new
     L = min(CHUNK, T)
     C, rest = -(-T // L), -T % L
     q, k, v = (F.pad(t, (0, 0, 0, 0, 0, rest)).view(B, C, L, H, h) for t in (q, k, v))

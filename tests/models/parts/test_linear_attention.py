@@ -171,6 +171,21 @@ def test_bfloat16_autocast_sums_in_float32():
     assert state[0, 0, 0, 0] == T and y[0, -1, 0, 0] == 2 * T
 
 
+@pytest.mark.parametrize("spec, position", [(LinearAttention(n_heads=2), Rotary()), (Diagonal(n_heads=2), None)])
+def test_token_by_token_equals_loops_over_all_pairs(spec, position):
+    m, _ = mixer(spec, d=8, position=position)
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    mem = Mem(m.memory(), 1, 8, torch.float64, "cpu")
+    steps = []
+    for t in range(6):
+        at = At.full(1, 1, start=t)._replace(tables={})
+        m.prepare(at, True, torch.float64)
+        steps.append(m(x[:, t : t + 1], at, mem)[0][0])
+    kind = "linear" if isinstance(spec, LinearAttention) else "diagonal"
+    want = by_loops(m, x[0], kind, rotary=position is not None)
+    torch.testing.assert_close(torch.cat(steps), want, rtol=1e-11, atol=1e-12)
+
+
 def test_pads_add_nothing():
     for spec in (LinearAttention(n_heads=2), Diagonal(n_heads=2)):
         m, _ = mixer(spec)
