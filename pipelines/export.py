@@ -232,7 +232,7 @@ def write(config: ExportConfig, folder: Path, source: Source) -> str:
     weights = {name: digest(tensor) for name, tensor in written.state_dict().items()}
     hide = sorted({module.partition(".")[0] for module in modules})
     verified = verify(folder, model, weights, code=bool(modules), tokenizer=tokenizer, hide=hide)
-    first = type(model).__module__
+    first = f"modeling_{model.config.model_type}.py"
     subject = Subject(
         name=config.push_to_hub or Path(config.out).name,
         spec=model.spec,
@@ -242,7 +242,7 @@ def write(config: ExportConfig, folder: Path, source: Source) -> str:
         dtype=dtype,
         tokenizer=tokenizer,
         tokenizer_sha256=file_sha256(folder / "tokenizer.json") if tokenizer is not None else None,
-        files=tuple(f"{flat(m)}.py" for m in sorted(modules, key=lambda m: (m != first, m))),
+        files=(first, *(f"{flat(module)}.py" for module in modules)) if modules else (),
         verified=verified,
     )
     (folder / "README.md").write_text(model_card(subject), encoding="utf-8")
@@ -256,7 +256,7 @@ def write(config: ExportConfig, folder: Path, source: Source) -> str:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    what = f"its code in {len(modules)} files" if modules else f"layout {config.layout}"
+    what = f"its code in {len(modules) + 1} files" if modules else f"layout {config.layout}"
     return f"{verified.model_class}, {model.spec.n_parameters():,} parameters, {dtype}, {what}; {verified}"
 
 

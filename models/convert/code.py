@@ -4,6 +4,10 @@ transformers copies the file that `auto_map` names, and from there whatever a li
 them lie side by side. So each module that the model needs becomes one file (models.parts.norm: models_parts_norm.py)
 with its imports of our modules rewritten. What a model needs is found by walking the imports from its classes and from
 the classes of its parts, so kernels, and families and parts of a user's own modules, travel too.
+
+`auto_map` names the classes of one more file, modeling_*.py. transformers loads each file that it names, with all that
+lies below, as a package of its own: a config and a model from two files would have two copies of every part, and no
+`isinstance` would hold between them.
 """
 
 from __future__ import annotations
@@ -70,25 +74,50 @@ def write_code(model: nn.Module, folder: Path) -> list[str]:
     Raises ConfigError, which names file and line, for an import that cannot be followed.
     """
     config: Any = model.config
-    config_module, model_module = type(config).__module__, type(model).__module__
+    config_class, model_class = type(config), type(model)
     parts = set(part_modules(config.spec))
-    sources = closure({config_module, model_module, *parts, *(type(m).__module__ for m in model.modules())})
-    # A config is built before its model's file is opened, so it must know all kinds of parts by itself.
-    known = reachable(config_module, sources)
-    register = sorted(module for module in parts if module in sources and module not in known)
+    roots = {config_class.__module__, model_class.__module__}
+    sources = closure({*roots, *parts, *(type(m).__module__ for m in model.modules())})
     for name, source in sources.items():
-        text = rewritten(source, set(sources))
-        if name == config_module:
-            text += "".join(f"from .{flat(m)} import __name__ as _{flat(m)}  # registers its parts\n" for m in register)
-        (folder / f"{flat(name)}.py").write_text(header(name) + text, encoding="utf-8")
+        (folder / f"{flat(name)}.py").write_text(header(name) + rewritten(source, set(sources)), encoding="utf-8")
+    known = reachable(roots, sources)
+    register = [module for module in sources if module in parts and module not in known]
+    first = entry(config_class, model_class, register)
+    name = f"modeling_{config.model_type}"
+    (folder / f"{name}.py").write_text(first, encoding="utf-8")
     auto_map = {
-        "AutoConfig": f"{flat(config_module)}.{type(config).__name__}",
-        "AutoModelForCausalLM": f"{flat(model_module)}.{type(model).__name__}",
+        "AutoConfig": f"{name}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{name}.{model_class.__name__}",
     }
     path = folder / "config.json"
     tree = {**json.loads(path.read_text(encoding="utf-8")), "auto_map": auto_map}
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return list(sources)
+
+
+def entry(config_class: type, model_class: type, register: Iterable[str]) -> str:
+    """The file that `auto_map` names. Its classes are its own, so that saving again names this file, too.
+
+    register: modules that nothing else imports, and whose import makes a kind of part known.
+    """
+    lines = [
+        f'"""{model_class.__name__} and its config, for transformers\' auto classes; the files beside are imported."""',
+        "",
+        f"from .{flat(config_class.__module__)} import {config_class.__name__} as Config",
+        f"from .{flat(model_class.__module__)} import {model_class.__name__} as Model",
+        *(f"from .{flat(module)} import __name__ as _{flat(module)}" for module in register),
+        "",
+        "",
+        f"class {config_class.__name__}(Config):",
+        "    __doc__ = Config.__doc__",
+        "",
+        "",
+        f"class {model_class.__name__}(Model):",
+        "    __doc__ = Model.__doc__",
+        f"    config_class = {config_class.__name__}",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def flat(module: str) -> str:
@@ -144,9 +173,10 @@ def closure(roots: Iterable[str]) -> dict[str, Source]:
     return dict(sorted(found.items()))
 
 
-def reachable(name: str, sources: dict[str, Source]) -> set[str]:
-    """What is imported when `name` is, functions not run."""
-    found, todo = set(), [name]
+def reachable(roots: Iterable[str], sources: dict[str, Source]) -> set[str]:
+    """What is imported when the roots are, functions not run."""
+    found: set[str] = set()
+    todo = list(roots)
     while todo:
         if (at := todo.pop()) in sources and at not in found:
             found.add(at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -14,7 +15,11 @@ from transformers import dynamic_module_utils as dynamic
 
 from models.convert.code import closure, read_source, rewritten, write_code
 from models.families import create, preset
-from models.spec import ConfigError
+from models.parts.attention import Attention, Causal
+from models.parts.mlp import MLP, Plain
+from models.parts.norm import Norm
+from models.parts.position import NoPosition
+from models.spec import ConfigError, fields, part_of
 
 TINY = dataclasses.replace(preset("tiny"), vocab_size=61)
 
@@ -130,12 +135,75 @@ def test_the_folder_s_own_classes_give_the_same_logits_and_import_nothing_of_our
 
 
 @torch.no_grad()
+def test_what_is_saved_again_by_a_stranger_still_stands_alone(tmp_path, modules_cache):
+    folder = saved(create(TINY), tmp_path / "hf")
+    names = json.loads((folder / "config.json").read_text())["auto_map"]
+    again = opened(folder)
+    type(again.config).register_for_auto_class()  # as from_pretrained of the auto classes does
+    type(again).register_for_auto_class("AutoModelForCausalLM")
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["auto_map"] == names
+    for path in folder.glob("*.py"):
+        assert (tmp_path / "again" / path.name).read_text() == path.read_text()
+    ids = torch.randint(0, 61, (2, 9))
+    assert torch.equal(opened(tmp_path / "again")(ids).logits, again(ids).logits)
+
+
+def test_config_and_model_share_one_copy_of_every_part(tmp_path, modules_cache):
+    """Two copies would make `isinstance` fail between what a config holds and what a model's code knows."""
+    again = opened(saved(create(TINY), tmp_path / "hf"))
+    packages = {type(x).__module__.rpartition(".")[0] for x in (again, again.config, again.spec, again.spec.norm)}
+    assert len(packages) == 1
+
+
+def one_part_each():
+    """TINY with one part exchanged: every kind of every registry, those inside attention and MLP included."""
+    base = dataclasses.replace(TINY, d_model=16, attention=Causal(n_heads=4), mlp=Plain(hidden=24), vocab_size=31)
+    yield "preset", dataclasses.replace(preset("hypersphere_tiny"), vocab_size=31)
+    for owner, change in (
+        (base, lambda name, part: {name: part}),
+        (base.attention, lambda name, part: {"attention": dataclasses.replace(base.attention, **{name: part})}),
+        (base.mlp, lambda name, part: {"mlp": dataclasses.replace(base.mlp, **{name: part})}),
+    ):
+        for name, (annotation, _) in fields(type(owner)).items():
+            registry = part_of(annotation)
+            for kind, cls in registry.kinds.items() if registry else ():
+                for place in ({}, {"position": NoPosition()}):  # not every mixer has queries to turn
+                    with contextlib.suppress(ConfigError, TypeError):  # or has an option without a default
+                        part = getattr(cls, "small", cls)()
+                        yield f"{name}={kind}", dataclasses.replace(base, **place, **change(name, part))
+                        break
+
+
+@torch.no_grad()
+def test_every_registered_part_computes_the_same_in_the_folder_s_own_classes(tmp_path, modules_cache):
+    """One folder's files serve for all of them: registries list every kind, so its module travels."""
+    again = opened(saved(create(TINY), tmp_path / "hf"))
+    theirs, their_config = type(again), type(again.config)
+    ids = torch.randint(0, 31, (2, 11))
+    seen = set()
+    for name, spec in one_part_each():
+        torch.manual_seed(0)
+        model = create(spec).eval()
+        tree = json.loads(model.config.to_json_string())
+        copy = theirs(their_config(**{k: v for k, v in tree.items() if k in their_config.family.__dataclass_fields__}))
+        copy.load_state_dict(model.state_dict())
+        assert torch.equal(copy.eval()(ids).logits, model(ids).logits), name
+        seen.add(name)
+    kinds = {f"{n}={k}" for n, r in (("norm", Norm), ("mlp", MLP), ("attention", Attention)) for k in r.kinds}
+    assert kinds <= seen and len(seen) > 50
+
+
+@torch.no_grad()
 def test_a_user_s_family_travels_without_its_registration(tmp_path, modules_cache):
     from tests.made_up import Looped
 
     model = create(Looped(vocab_size=61)).eval()
     folder = saved(model, tmp_path / "hf")
-    assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoConfig"] == "tests_made_up.LoopedConfig"
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "modeling_test_looped.LoopedConfig",
+        "AutoModelForCausalLM": "modeling_test_looped.LoopedForCausalLM",
+    }
     text = (folder / "tests_made_up.py").read_text()
     assert "register" not in text and not (folder / "models_families.py").exists()
     ids = torch.randint(0, 61, (2, 9))
