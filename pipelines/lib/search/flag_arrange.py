@@ -23,15 +23,11 @@ def arrange(configs: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
     varying |= {key for key in keys if any(key.startswith(f"{kind}.") for kind in varying)}
     fixed = {key: _short(configs[0][key]) for key in keys if key not in varying}
     usual, said = plain(built({"steps": 1})), set(flatten(recipe(RECIPE)))
-    for key in [key for key in fixed if key not in LENGTHS and not _is_said(key, said)]:
-        if _is_usual(fixed[key], _at(usual, key)):
-            del fixed[key]
-    for key in sorted(varying - said):
-        kind, _, option = key.rpartition(".")
-        kinds = REGISTRIES[kind].kinds if kind in REGISTRIES else {}
+    for key in [key for key in keys if key not in LENGTHS and not _is_said(key, said)]:
         having = [config for config in configs if key in config]
-        if kinds and all(_is_usual(config[key], plain(kinds[config[kind]]())[option]) for config in having):
-            varying.remove(key)
+        if (key in fixed or _registry(key)) and all(_is_usual(c[key], _usual(usual, c, key)) for c in having):
+            fixed.pop(key, None)
+            varying.discard(key)
     for unit in {"steps", "tokens", "epochs"} & varying:
         if unit in configs[0]:
             fixed[unit] = configs[0][unit]  # a search wants to know a length before it looks at what varies
@@ -82,8 +78,15 @@ def _is_said(key: str, said: set[str]) -> bool:
     return any(key == other or other.startswith(f"{key}.") for other in said)
 
 
-def _at(tree: Any, key: str) -> Any:
-    """What stands at a dotted key; `...` where there is none."""
+def _registry(key: str) -> Any:
+    """The registry of the part that a key is an option of, where options are keys."""
+    return REGISTRIES.get(key.rpartition(".")[0])
+
+
+def _usual(tree: Any, config: dict[str, Any], key: str) -> Any:
+    """What a setting is where nobody says so: of an option, what its own kind of part has. `...`: there is none."""
+    if (base := _registry(key)) is not None:
+        return plain(base.kinds[config[key.rpartition(".")[0]]]()).get(key.rpartition(".")[2], ...)
     for word in key.split("."):
         if not isinstance(tree, dict) or word not in tree:
             return ...

@@ -205,7 +205,8 @@ def _step(given: dict[str, Any], name: str, step: float) -> tuple[str, float]:
 def _numbers(tree: Any) -> Any:
     """Text that is a number becomes one: the laboratory handed its values over as words of a command line."""
     if isinstance(tree, dict):
-        return {key: _numbers(value) for key, value in tree.items()}
+        names = ("named_group", *USES)  # which stay what they are called
+        return {key: value if key in names else _numbers(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_numbers(value) for value in tree]
     if isinstance(tree, str):

@@ -352,7 +352,8 @@ _WITHOUT_EFFECT = {
         "lsv_index lsv_variant apply_vector_scaling_factor"
     ),
     "numbers cannot overflow here": (
-        "consmax_v2_clamping strongermax_clamping strongermax_clamp_value strongermax_overflow_recompute* softermax_use_xmax"
+        "consmax_v2_clamping strongermax_clamping strongermax_clamp_value strongermax_overflow_recompute* "
+        "softermax_use_xmax"
     ),
     "had no effect in the laboratory": "adamw_betas mla_latent_dim mla_rotary_dim lsa_num_knots softmax_variant_output",
     "had no effect in the laboratory: its rate stayed constant; fixed.schedule=cosine is the usual choice": (
