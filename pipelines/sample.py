@@ -65,7 +65,7 @@ class SampleConfig:
     table: print what each token was drawn from
     picture: PNG of the coloured text
     charts: folder for charts as PNG
-    chart_kinds: of the steps together, of each step, of the raw logits of the drawn tokens
+    chart_kinds: of heatmap (all steps together), bars (each step), logits (the raw ones of the drawn tokens)
     page: HTML page, in one file: coloured text, likely tokens under the pointer, heatmap, charts
     sample_file: text file to which the samples are added, each below a heading
     cache: keep keys and values; false recomputes everything for each token, as a check

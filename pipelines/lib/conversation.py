@@ -25,16 +25,28 @@ class Turn:
 def converse(
     engine: Engine, prompt: str, every: Sequence[SamplingParams], look: Callable[[Any], None] | None = None
 ) -> int:
-    """Turn by turn until the input ends. Returns the exit code.
+    """Turn by turn until the input ends, or somebody stops it. Returns the exit code.
 
     every: settings; each has a text of its own, and the user's lines go into all of them.  look: shows a finished turn.
     A turn ends with a stop string, which belongs to the text, or after max_tokens. The user's line is added with its
     line break; a \\ at its end takes that away. A text that outgrows the context loses its beginning, which is said.
     """
+    try:
+        take_turns(engine, prompt, every, look)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def take_turns(
+    engine: Engine, prompt: str, every: Sequence[SamplingParams], look: Callable[[Any], None] | None
+) -> None:
+    """The turns of `converse`. Raises InputError for a prompt that the model cannot read."""
     from serving.engine import RequestError, seed_of_sample
 
     texts, number, cut = [prompt] * len(every), 0, False
-    print(prompt, end="", flush=True)
+    print(prompt, end="" if len(every) == 1 else "\n", flush=True)
     while True:
         for i, params in enumerate(every):
             if len(every) > 1:
@@ -49,11 +61,7 @@ def converse(
                 if not cut:
                     print("(the text outgrows the context: the model no longer sees its beginning)", file=sys.stderr)
                 ids, cut = ids[-room:], True
-            try:
-                request = written(engine, ids, params)
-            except KeyboardInterrupt:
-                print("\nstopped", file=sys.stderr)
-                return 130
+            request = written(engine, ids, params)
             if request.error:
                 raise InputError(f"turn {number + 1}: {request.error}")
             met = request.stops.met if request.stops is not None else None
@@ -63,7 +71,7 @@ def converse(
             texts[i] += request.text + (met or "")
         line = listened(engine)
         if line is None:
-            return 0
+            return
         texts = [text + line for text in texts]
         number += 1
 
