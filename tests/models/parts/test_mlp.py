@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from models.families import create
 from models.gpt.config import GPT
 from models.memory import At
 from models.parts.activation import GELU, ReLU, SiLU, SquaredReLU
@@ -213,3 +214,28 @@ def test_biases_of_both_sides_leave_nothing_for_bias_to_say():
         network(Plain(bias=True, up_bias=True, down_bias=False))
     m, _ = network(SwiGLU(hidden=4, up_bias=False, down_bias=True))
     assert m.gate_up.bias is None and m.down.bias is not None
+
+
+OUT = {
+    "mlp": ["down"],
+    "swiglu": ["down"],
+    "dual_path": ["down", "down_mirrored"],
+    "kan": ["layers.1.base", "layers.1.curves"],
+    "moe": ["experts.down"],
+}
+
+
+@pytest.mark.parametrize("kind", OUT)
+def test_every_matrix_out_of_a_branch_starts_smaller_in_deep_models(kind):
+    """ReaLLM-Forge found them by name and missed SwiGLU's, both of dual path's and others."""
+    cls = MLP.kinds[kind]
+    part = cls(middle=(64,)) if kind == "kan" else cls()
+    model = create(
+        GPT(vocab_size=5, d_model=64, n_layers=8, mlp=part, position=NoPosition(), attention=NoMixing(), init_std=0.02)
+    )
+    network = model.blocks[3].mlp
+    inner = {name for name, p in network.named_parameters() if p.dim() >= 2 and p.shape[-2] > 1}
+    for name in inner:
+        want = 0.02 / 4 if name.removesuffix(".weight") in OUT[kind] else 0.02  # 16 branches
+        assert network.get_parameter(name).std().item() == pytest.approx(want, rel=0.1), name
+    assert {f"{name}.weight" for name in OUT[kind]} < inner
