@@ -7,7 +7,7 @@ from typing import Any
 
 from models.parts.attention import Attention
 from models.parts.mlp import MLP
-from models.spec import build, flatten, plain
+from models.spec import ConfigError, build, flatten, plain
 from pipelines.lib.config import override, recipe
 from pipelines.lib.training import LENGTHS, TrainConfig
 
@@ -28,9 +28,8 @@ def arrange(configs: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
         if (key in fixed or _registry(key)) and all(_is_usual(c[key], _usual(usual, c, key)) for c in having):
             fixed.pop(key, None)
             varying.discard(key)
-    for unit in {"steps", "tokens", "epochs"} & varying:
-        if unit in configs[0]:
-            fixed[unit] = configs[0][unit]  # a search wants to know a length before it looks at what varies
+    fixed |= _base(configs, varying)
+    fixed = {key: fixed[key] for key in keys if key in fixed}
     found = boxes([{key: config[key] for key in keys if key in varying and key in config} for config in configs])
     shared = [
         key for key in keys if key in varying and all(_text(box.get(key)) == _text(found[0].get(key)) for box in found)
@@ -41,6 +40,13 @@ def arrange(configs: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
             {key: _options(values) for key, values in box.items() if key not in shared} for box in found
         ]
     return fixed, vary
+
+
+def _base(configs: list[dict[str, Any]], varying: set[str]) -> dict[str, Any]:
+    """Sizes and lengths that vary, of settings that can be: a search looks at what is fixed before anything varies."""
+    first = next((config for config in configs if refusal(config) is None), configs[0])
+    fits = {key for key in varying if key.rpartition(".")[0] not in varying or key == "model.attention.n_heads"}
+    return {key: value for key, value in first.items() if key in fits and type(value) in (int, float)}
 
 
 def boxes(points: list[dict[str, Any]]) -> list[dict[str, list[Any]]]:
@@ -72,6 +78,15 @@ def built(settings: dict[str, Any]) -> Any:
     for key, value in settings.items():
         tree = override(tree, key, value)
     return build(TrainConfig, tree)
+
+
+def refusal(settings: dict[str, Any]) -> str | None:
+    """Why settings cannot be."""
+    try:
+        assert built(settings).rows
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _is_said(key: str, said: set[str]) -> bool:

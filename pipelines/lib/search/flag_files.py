@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from models.spec import ConfigError, near
+from models.spec import near
 from pipelines.lib.config import InputError, Yaml, as_word, read_yaml, write_yaml
-from pipelines.lib.search.flag_arrange import RECIPE, arrange, built
+from pipelines.lib.search.flag_arrange import RECIPE, arrange, refusal
 from pipelines.lib.search.flag_runs import settings
 from pipelines.lib.search.flag_values import Flags, Lacking
 from pipelines.lib.search.flags import FLAGS, is_flag, left_out, unknown
@@ -332,11 +332,6 @@ def _of_flags(points: list[dict[str, Any]], read: set[str]) -> list[str]:
 
 def _refused(configs: list[dict[str, Any]]) -> list[str]:
     """Lines for settings that cannot be, by their reasons."""
-    reasons: Counter[str] = Counter()
-    for config in configs[:MOST_TRIED]:
-        try:
-            assert built(config).rows
-        except ConfigError as error:
-            reasons[str(error)] += 1
+    reasons = Counter(reason for config in configs[:MOST_TRIED] if (reason := refusal(config)) is not None)
     tried = min(len(configs), MOST_TRIED)
     return [f"refused: {n} of {tried} settings: {reason}" for reason, n in reasons.items()]

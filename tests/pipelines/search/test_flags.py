@@ -11,7 +11,7 @@ import yaml
 
 from models.spec import ConfigError, build, plain
 from pipelines import search
-from pipelines.lib.config import InputError, override, read_yaml, recipe
+from pipelines.lib.config import InputError, assemble, override, read_yaml, recipe
 from pipelines.lib.search.flag_arrange import arrange, boxes, built
 from pipelines.lib.search.flag_files import import_file, import_greedy, is_laboratory
 from pipelines.lib.search.flag_runs import settings
@@ -19,7 +19,7 @@ from pipelines.lib.search.flag_values import Flags, Lacking
 from pipelines.lib.search.flags import FLAGS, LEFT_OUT, is_flag, left_out
 from pipelines.lib.search.ledger import Ledger
 from pipelines.lib.search.space import Space
-from pipelines.lib.search.study import SPACES
+from pipelines.lib.search.study import SPACES, SearchConfig
 from pipelines.lib.training import TrainConfig
 from tests.pipelines.tiny import make_tokens
 
@@ -376,7 +376,7 @@ def _product(lists):
 
 def test_a_part_of_another_kind_brings_all_its_options(tmp_path):
     fixed, vary = arrange([settings(Flags({"n_head": 3})), settings(Flags({"n_head": 3, **INFINITE}))])
-    assert "model.attention.n_heads" not in fixed
+    assert "model.attention" not in fixed
     assert [group["model.attention"] for group in vary["parameter_groups"]] == ["causal", "infinite"]
     assert vary["model.attention.n_heads"] == 3
 
@@ -512,6 +512,23 @@ def test_a_search_runs_from_the_laboratorys_own_file(tmp_path, capsys):
     ]
     assert search.main(words) == 0  # the same file goes on from the ledger
     assert len(Ledger(tmp_path / "out").trials) == 2
+
+
+def test_a_search_begins_though_its_sizes_vary(tmp_path):
+    data = make_tokens(tmp_path / "data")
+    flags = {"n_embd": [90, 70], "n_head": {"options": [5, 6], "conditions": [["n_embd", 90]]}, "block_size": [24, 40]}
+    found = import_file(file(tmp_path, {**flags, "attention_variant": ["causal", "identity"], "batch_size": 3}))
+    words = [*found.words(), f"data={data}", f"out={tmp_path / 'out'}", "track=none"]
+    _, study = search.prepare(assemble(words, SearchConfig))
+    points = [point for point in study.space.points() if not study.refuses(point)]
+    seen = {json.dumps(plain(study.train_config(point, 1).model)) for point in points}
+    wanted = [
+        settings(Flags({"n_embd": 90, "n_head": n, "block_size": t, "attention_variant": a, "batch_size": 3}))
+        for n in (5, 6)
+        for t in (24, 40)
+        for a in ("causal", "identity")
+    ]
+    assert {json.dumps(plain(dc.replace(built(one).model, vocab_size=128))) for one in wanted} <= seen
 
 
 def test_import_prints_or_writes_a_search_file(tmp_path, capsys):
