@@ -21,10 +21,10 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from models.spec import ConfigError, plain
 from pipelines.lib.config import InputError, command
@@ -94,6 +94,8 @@ def run(config: ExportConfig) -> int:
     with written_whole(out) as temporary:
         said = write(config, temporary, source)
     print(f"{shown(out)}: {said}")
+    if config.layout == "own" and (others := fitting(source.model.spec)):
+        print(f"it fits transformers' own classes too: {', '.join(f'layout={name}' for name in others)}")
     note(config, source, out)
     if api is not None and config.push_to_hub is not None:
         print(f"pushed to {push(api, out, config.push_to_hub, config.private)}")
@@ -139,7 +141,7 @@ def open_source(config: ExportConfig) -> Source:
             "python -m models.convert reads it as a model of ours"
         )
     if config.layout != "own":
-        LAYOUTS[config.layout].config_of(model.spec)
+        LAYOUTS[config.layout].config_of(cast(Any, model.spec))  # before anything is written
     if config.dtype != "auto":
         model = as_dtype(model, getattr(torch, config.dtype))
     complete(model, tokenizer)
@@ -153,7 +155,7 @@ def open_tokenizer(folder: Path, template: str | None) -> Any:
 
     Raises InputError for a tokenizer or template that cannot be used.
     """
-    from models.convert.__main__ import TOKENIZER_FILES
+    from models.convert.common import TOKENIZER_FILES
     from pipelines.lib.jobs import storage_path
     from pipelines.lib.vocab import load_tokenizer
 
@@ -268,6 +270,18 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fitting(spec: Any) -> list[str]:
+    """The public layouts that can say all of a model."""
+    from models.convert import LAYOUTS
+
+    found = []
+    for name, layout in LAYOUTS.items():
+        with suppress(ConfigError):
+            layout.config_of(spec)
+            found.append(name)
+    return found
 
 
 def returns_equal(layout: str, written: Any, model: Any) -> None:

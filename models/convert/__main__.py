@@ -1,6 +1,6 @@
 """Weights from and to public layouts.
 
-    python -m models.convert SOURCE TARGET            a GPT-2 or Llama folder, or llama2.c's .bin -> our folder
+    python -m models.convert SOURCE TARGET            a folder of GPT-2, Llama or a relative, or llama2.c's .bin -> ours
     python -m models.convert SOURCE TARGET --to llama our folder -> a folder that transformers opens without our code
     python -m models.convert model.bin TARGET --tokens tok.bin      with llama2.c's vocabulary as a tokenizer
 
@@ -18,17 +18,6 @@ from typing import NoReturn
 
 from models.spec import ConfigError, near
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-
 
 def run(source: Path, target: Path, layout: str | None, tokens: Path | None) -> str:
     """Converts and returns one line on what was written. Raises ConfigError for what cannot be.
@@ -38,6 +27,7 @@ def run(source: Path, target: Path, layout: str | None, tokens: Path | None) -> 
     from transformers.utils import logging
 
     from models.convert import LAYOUTS, llama2c, read, write
+    from models.convert.common import TOKENIZER_FILES
     from models.families import load
     from models.gpt.model import GPTForCausalLM
 
@@ -69,6 +59,8 @@ def run(source: Path, target: Path, layout: str | None, tokens: Path | None) -> 
         except Exception as error:  # transformers, safetensors, json and torch each have their own
             said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
             raise ConfigError(f"{source}: not a model that can be opened ({said[:300]})") from error
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map  # of an export, whose code stays where it is
     if layout is None:
         model.save_pretrained(target)
     else:
@@ -95,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--to", metavar="LAYOUT", help="gpt2 or llama; left out: ours")
+    parser.add_argument("--to", metavar="LAYOUT", help="gpt2, llama, mistral or qwen3; left out: ours")
     parser.add_argument("--tokens", type=Path, help="llama2.c's tokenizer file")
     args = parser.parse_args(argv)
     there = args.target.exists()

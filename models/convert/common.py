@@ -16,6 +16,16 @@ from models.parts.mlp import Plain, SwiGLU
 from models.spec import ConfigError, flatten, plain
 
 M = TypeVar("M", bound=nn.Module)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 
 
 class Layout(NamedTuple):

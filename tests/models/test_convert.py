@@ -474,6 +474,18 @@ def test_a_wrong_command_line_is_one_line(capsys):
     assert left.value.code == 2 and line.startswith("error: ") and "target" in line
 
 
+def test_an_export_that_is_converted_names_no_code_that_it_does_not_have(tmp_path):
+    from models.convert.code import write_code
+
+    model = create(TINY)
+    model.save_pretrained(tmp_path / "export")
+    write_code(model, tmp_path / "export")
+    assert command(tmp_path / "export", tmp_path / "ours") == 0
+    assert "auto_map" not in json.loads((tmp_path / "ours/config.json").read_text())
+    assert command(tmp_path / "export", tmp_path / "llama", "--to", "llama") == 0
+    assert "auto_map" not in json.loads((tmp_path / "llama/config.json").read_text())
+
+
 def test_the_stories_tokenizer_is_the_one_of_llama2c(data_dir, tmp_path):
     """As a Hugging Face folder: equal ids on real text, and text that comes back."""
     stories = data_dir / "stories260K"

@@ -72,6 +72,7 @@ def test_the_folder_has_all_that_a_stranger_needs_and_its_weights_are_the_run_s(
     assert model.generation_config.eos_token_id == 256 and model.generation_config.pad_token_id == 256
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert (tokenizer.pad_token, tokenizer.model_max_length) == ("<|endoftext|>", 32)
+    assert tokenizer("ab")["input_ids"] == [97, 98]  # a prompt is not ended before it is continued
     assert json.loads((exported / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     record = json.loads((exported / "export.json").read_text())
     assert record["check"]["difference"] <= 1e-5 * max(1, record["check"]["scale"])
@@ -110,6 +111,15 @@ def test_a_public_layout_in_bfloat16_with_a_chat_template(run, tmp_path, capsys)
     assert said == "<user>Hi>"
     card = (out / "README.md").read_text()
     assert "It has a chat template." in card and "trust_remote_code" not in card and "(bfloat16)" in card
+
+
+def test_every_layout_that_can_be_written_can_be_asked_for(run):
+    from models.convert import LAYOUTS
+    from pipelines.export import Layout, fitting
+
+    assert set(Layout.__args__) == {"own", *LAYOUTS} - {"qwen2"}  # which is read only
+    model = load(run / "checkpoints" / (run / "best").read_text().strip())
+    assert fitting(model.spec) == ["llama", "mistral"]
 
 
 @pytest.mark.parametrize(
