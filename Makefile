@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev
 	done; exit $$status
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"

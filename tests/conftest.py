@@ -21,6 +21,26 @@ REPO = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("NOVELLA_DATA") or REPO.parent / "shared" / "data")
 
 
+SCATTERED = ("test_conformance.py",)  # files whose tests share nothing and are many
+STARTS_RAY = ("test_jobs.py", "test_app.py")  # beside those that use `ray_session`
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What runs together when tests are spread over processes (-n 2 --dist loadgroup).
+
+    Everything with Ray is one group, so that there is one Ray at a time; another file is a group of its own, so that
+    what its tests share is made once; conformance tests share nothing and go wherever there is room.
+    """
+    with_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
+    for number, item in enumerate(items):
+        if item.path in with_ray or item.path.name in STARTS_RAY:
+            group = "ray"
+        else:
+            group = f"{item.path}-{number % 16 if item.path.name in SCATTERED else ''}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """The folder of real texts and known answers; a test that needs it says so when it is not there."""
