@@ -101,6 +101,10 @@ class GPT(Family):
                     "parallel=true: both branches read one normed input and join in one sum, so there is no "
                     "mlp_placement and no mlp_residual; leave them out"
                 )
+            if not block.mlp.branches and (self.mlp_placement is not None or self.mlp_residual is not None):
+                raise ConfigError(
+                    "mlp=none: there is no second branch for an mlp_placement or mlp_residual; leave them out"
+                )
         self._check_norms()
         self._check_sharing()
         if reason := self.output_softmax.refuses_output():

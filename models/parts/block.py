@@ -67,13 +67,17 @@ class BlockSpec:
         """Norms of a block. Parallel branches share the one on their input and the one on their sum."""
         if self.parallel:
             return self.placement.before + 2 * self.placement.output + self.placement.after
-        return self.placement.n_norms + self.mlp_placement.n_norms
+        return self.placement.n_norms + (self.mlp_placement.n_norms if self.mlp.branches else 0)
+
+    @property
+    def residuals(self) -> tuple[Residual, ...]:
+        """The sums of a block, one for each branch, or one for both."""
+        return (self.residual, self.mlp_residual) if self.mlp.branches and not self.parallel else (self.residual,)
 
     def own_parameters(self) -> int:
         """Of norms and residual rules, which no layer shares."""
-        residuals = (self.residual,) if self.parallel else (self.residual, self.mlp_residual)
         norms = self.n_norms() * self.norm.n_parameters(self.d_model, self.bias)
-        return norms + sum(r.n_parameters(self.d_model) for r in residuals)
+        return norms + sum(r.n_parameters(self.d_model) for r in self.residuals)
 
     def n_parameters(self) -> int:
         return self.own_parameters() + self.attention.n_parameters(self) + self.mlp.n_parameters(self)
@@ -81,8 +85,7 @@ class BlockSpec:
     def ops(self, T: int) -> Ops:
         """Operations per token at context T."""
         d = self.d_model
-        residuals = (self.residual,) if self.parallel else (self.residual, self.mlp_residual)
-        total = self.n_norms() * self.norm.ops(d, self.bias) + sum((r.ops(d) for r in residuals), Ops())
+        total = self.n_norms() * self.norm.ops(d, self.bias) + sum((r.ops(d) for r in self.residuals), Ops())
         total += self.attention.ops(self, T) + self.mlp.ops(self)
         return total + Ops(additions=d) if self.parallel else total
 
@@ -120,17 +123,18 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec, mixer: nn.Module | None = None, mlp: nn.Module | None = None) -> None:
         super().__init__()
         place, place2 = spec.placement, spec.mlp_placement
-        self.parallel = spec.parallel
+        second = spec.mlp.branches and not spec.parallel  # a branch with an input and a sum of its own
+        self.parallel, self.has_mlp = spec.parallel, spec.mlp.branches
         self.mixer_norm = self._norm(spec, place.before)
         self._own_or_lent("mixer", mixer, lambda: spec.attention.build(spec))
         self.mixer_output_norm = self._norm(spec, place.output)
         self.join_mixer = spec.residual.build(spec.d_model)
         self.mixer_after_norm = self._norm(spec, place.after)
-        self.mlp_norm = None if spec.parallel else self._norm(spec, place2.before)
+        self.mlp_norm = self._norm(spec, second and place2.before)
         self._own_or_lent("mlp", mlp, lambda: spec.mlp.build(spec))
-        self.mlp_output_norm = self._norm(spec, place.output if spec.parallel else place2.output)
-        self.join_mlp = None if spec.parallel else spec.mlp_residual.build(spec.d_model)
-        self.mlp_after_norm = None if spec.parallel else self._norm(spec, place2.after)
+        self.mlp_output_norm = self._norm(spec, place.output if spec.parallel else second and place2.output)
+        self.join_mlp = spec.mlp_residual.build(spec.d_model) if second else None
+        self.mlp_after_norm = self._norm(spec, second and place2.after)
         self.dropout = spec.dropout
 
     @staticmethod
@@ -152,6 +156,8 @@ class Block(nn.Module):
             y = y + self.drop(_through(self.mlp_output_norm, self.mlp(h, at)))
             return _through(self.mixer_after_norm, self.join_mixer(x, y)), shared
         x = _through(self.mixer_after_norm, self.join_mixer(x, y))
+        if not self.has_mlp:
+            return x, shared
         y = self.drop(_through(self.mlp_output_norm, self.mlp(_through(self.mlp_norm, x), at)))
         return _through(self.mlp_after_norm, self.join_mlp(x, y)), shared
 

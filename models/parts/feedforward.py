@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 
 class MLP(Part):
-    """A kind of MLP: `build(block)`, `n_parameters(block)`, and `ops(block)` of one token."""
+    """A kind of MLP: `build(block)`, `n_parameters(block)`, and `ops(block)` of one token.
+
+    branches: whether there is a branch at all; without one the block has no norms and no sum for it either.
+    """
 
     kinds: ClassVar[dict[str, type]]
+    branches: ClassVar[bool] = True
 
     def build(self, block: BlockSpec) -> nn.Module:
         raise NotImplementedError

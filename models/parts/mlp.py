@@ -210,6 +210,18 @@ class Identity(MLP):
         return Ops()
 
 
+@dataclass(frozen=True)
+class NoMLP(Identity):
+    """x: the block has one branch, its mixer's, and no norm for another.   Source: Mamba, arXiv:2312.00752."""
+
+    branches = False
+
+    def refuses(self, block: BlockSpec) -> str | None:
+        if block.parallel:
+            return "parallel=true adds two branches that read one input, and there is one; leave parallel out"
+        return None
+
+
 class Offsets(nn.Module):
     """A function f as f(h - a) - b, and mirrored as -f(-(h + a)) - b."""
 
@@ -291,4 +303,5 @@ MLP.kinds = {
     "kan": KAN,
     "moe": MoE,
     "identity": Identity,
+    "none": NoMLP,
 }

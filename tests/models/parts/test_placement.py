@@ -10,8 +10,10 @@ import torch
 
 from models.families import create, preset
 from models.memory import At
+from models.parts.mlp import NoMLP
 from models.parts.placement import Placement
 from models.parts.residual import Scaled
+from models.spec import ConfigError
 
 BASE = dataclasses.replace(preset("tiny"), vocab_size=31, d_model=16, n_layers=1, seq_len=32)
 
@@ -75,3 +77,15 @@ def test_a_parallel_block_reads_one_input_and_makes_one_sum(kind):
     want = block.mixer_after_norm(want) if block.mixer_after_norm is not None else want
     torch.testing.assert_close(block(x, at)[0], want)
     assert sum(p.numel() for p in model.parameters()) == model.spec.n_parameters()
+
+
+def test_a_block_without_an_mlp_is_its_mixer_alone():
+    model, block, at = block_of(placement=Placement.kinds["peri"](), mlp=NoMLP())
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    want = x + block.mixer_output_norm(block.mixer(block.mixer_norm(x), at)[0])
+    torch.testing.assert_close(block(x, at)[0], want)
+    assert sum(p.numel() for p in model.parameters()) == model.spec.n_parameters()
+    assert not any("mlp" in name for name, _ in model.named_parameters())
+    for options in ({"parallel": True}, {"mlp_placement": Placement.kinds["pre"]()}, {"mlp_residual": Scaled()}):
+        with pytest.raises(ConfigError, match="mlp=none"):
+            dataclasses.replace(BASE, mlp=NoMLP(), **options)
