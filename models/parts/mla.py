@@ -59,7 +59,7 @@ class MLA(Attention):
     @classmethod
     def small(cls) -> MLA:
         """Fits the width that the conformance suite uses."""
-        return cls(n_heads=4, latent_dim=6)
+        return cls(n_heads=4, head_dim=8, latent_dim=6)
 
     def width(self, d_model: int) -> int:
         return self.head_dim or d_model // self.n_heads  # type: ignore[operator,return-value]
