@@ -45,8 +45,12 @@ def arrange(configs: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
 def _base(configs: list[dict[str, Any]], varying: set[str]) -> dict[str, Any]:
     """Sizes and lengths that vary, of settings that can be: a search looks at what is fixed before anything varies."""
     first = next((config for config in configs if refusal(config) is None), configs[0])
-    fits = {key for key in varying if key.rpartition(".")[0] not in varying or key == "model.attention.n_heads"}
-    return {key: value for key, value in first.items() if key in fits and type(value) in (int, float)}
+    fits = {key for key in varying if key.rpartition(".")[0] not in varying and type(first.get(key)) in (int, float)}
+    base = {key: first[key] for key in first if key in fits}
+    heads = first.get("model.attention.n_heads")
+    if "model.attention" in varying and heads is not None:  # or the recipe's heads would have to divide the width
+        base["model.attention"] = {"kind": first["model.attention"], "n_heads": heads}
+    return base
 
 
 def boxes(points: list[dict[str, Any]]) -> list[dict[str, list[Any]]]:
