@@ -17,6 +17,7 @@ how many they are; one inside its error is called none. What makes runs incompar
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -103,12 +104,15 @@ class CheckpointsConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        import re
+        check_pattern("path_regex", self.path_regex)
 
-        try:
-            re.compile(self.path_regex)
-        except re.error as error:
-            raise ConfigError(f"path_regex={self.path_regex}: {error}") from None
+
+def check_pattern(setting: str, pattern: str) -> None:
+    """Raises ConfigError, naming the setting, for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{setting}={pattern}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class StatisticsConfig:
     device: auto, cpu, cuda, mps or xpu
     dtype: number format of the weights in the forward pass; auto: as they were saved
     threads: CPU threads; null: the machine's own choice
+    tensors: only tensors in whose name this expression finds something
     title: heading of the page (null: the names of what is looked at)
     out: folder to write to (null: RUN/statistics, else statistics/ here)
     track: whether page and figures also go to the first run's MLflow run
@@ -140,11 +145,13 @@ class StatisticsConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = None
+    tensors: str = ""
     title: str | None = None
     out: str | None = None
     track: Literal["mlflow", "none"] = "mlflow"
 
     def __post_init__(self) -> None:
+        check_pattern("tensors", self.tensors)
         if not 1 <= len(self.runs) <= 2:
             raise ConfigError(f"runs: one model, or two to compare, are needed; {len(self.runs)} are given")
         if len(self.which) not in (1, len(self.runs)):

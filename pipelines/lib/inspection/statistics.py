@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from models.spec import build
 from pipelines.lib.config import InputError
 from pipelines.lib.inspection.activations import Activations, States, observe
-from pipelines.lib.inspection.weights import Change, TensorFigures, change, figures_of, tensors
+from pipelines.lib.inspection.weights import QUANTILES, Change, TensorFigures, change, figures_of, tensors
 from pipelines.lib.jobs import storage_path
 from pipelines.lib.jsonl import finite
 from pipelines.lib.output import check_writable
@@ -60,7 +64,7 @@ def make(config: StatisticsConfig) -> int:
     if len(models) == 2 and models[0].name == models[1].name:
         for model in models:
             model.name = str(model.folder)
-    changes, alone = changed(*(m.folder for m in models)) if len(models) == 2 else ([], [])
+    changes, alone = changed(config, *(m.folder for m in models)) if len(models) == 2 else ([], [])
     title = config.title or " and ".join(model.name for model in models)
     page = statistics_page(models, changes, alone, title, repeated(config))
     tree = {
@@ -71,13 +75,14 @@ def make(config: StatisticsConfig) -> int:
     out.mkdir(parents=True, exist_ok=True)
     try:
         write_atomic(out / "statistics.html", page)
+        write_atomic(out / "tensors.csv", as_csv(models))
         write_atomic(out / "statistics.json", json.dumps(finite(tree), allow_nan=False, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"out={out}: {error.strerror}") from None
     for model in models:
         figures = headline(model)
         print(f"{model.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    print(f"wrote {out / 'statistics.html'} and statistics.json")
+    print(f"wrote {out / 'statistics.html'}, statistics.json and tensors.csv")
     if config.track == "mlflow":
         track(models[0], out)
     return 0
@@ -120,7 +125,7 @@ def look_at(config: StatisticsConfig, one: Any, asked: Any, first: Any) -> Model
     if not seen.tokens:
         raise InputError(f"{text.name}: not one row of 2 tokens to run {one.folder} on")
     name = f"{one.run.name} {one.folder.name}" if one.run is not None else one.folder.name
-    figures = [figures_of(n, x) for n, x in tensors(one.folder)]
+    figures = [figures_of(n, x) for n, x in tensors(one.folder) if re.search(config.tensors, n)]
     parameters = int(model.num_parameters())
     return Model(name, one.folder, one.run, one.step, parameters, context, text.name, seen, seen.states(), figures)
 
@@ -153,11 +158,11 @@ def batches(sequences: Sequence[Any], context: int, tokens: int) -> Iterator[Ten
         yield torch.from_numpy(np.stack(rows))
 
 
-def changed(a: Path, b: Path) -> tuple[list[Change], list[str]]:
+def changed(config: StatisticsConfig, a: Path, b: Path) -> tuple[list[Change], list[str]]:
     """How each tensor of b lies to its namesake in a, and the names that have none of the same shape."""
-    theirs = dict(tensors(b))
+    ours, theirs = ({n: x for n, x in tensors(p) if re.search(config.tensors, n)} for p in (a, b))
     found, alone = [], []
-    for name, x in tensors(a):
+    for name, x in ours.items():
         y = theirs.pop(name, None)
         if y is None or y.shape != x.shape:
             alone.append(name)
@@ -210,6 +215,23 @@ def plain_data(model: Model) -> dict[str, Any]:
     }
 
 
+def as_csv(models: Sequence[Model]) -> str:
+    """A row per tensor and model with every figure that is one number; what is not known is empty."""
+    rows = []
+    for model in models:
+        for t in model.tensors:
+            row: dict[str, Any] = {"model": model.name, "tensor": t.name, "shape": " x ".join(map(str, t.shape))}
+            row |= asdict(t.moments) | {"stable_rank": t.stable_rank, "effective_rank": t.effective_rank}
+            row |= {f"quantile_{q:g}": v for q, v in zip(QUANTILES, t.quantiles, strict=False)}
+            row |= asdict(t.axes) if t.axes is not None else {}
+            rows.append({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
 def track(model: Model, out: Path) -> None:
     """Page and figures on the first model's MLflow run, at its checkpoint's step; a run without one gets nothing."""
     from pipelines.lib.tracking import Tracker
@@ -220,7 +242,7 @@ def track(model: Model, out: Path) -> None:
         if tracker.run_id is None:
             return
         tracker.metrics({f"statistics/{name}": value for name, value in headline(model).items()}, model.step)
-        for name in ("statistics.html", "statistics.json"):
+        for name in ("statistics.html", "statistics.json", "tensors.csv"):
             tracker.artifact(out / name, "statistics")
     print("the page is an artifact of the run in MLflow, too", file=sys.stderr)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.lib.comparison.html import Safe, page, say, section, table, tag
 from pipelines.lib.inspection.svg import COLOURS, Line, grid, histogram, lines, number
+from pipelines.lib.inspection.weights import QUANTILES
 
 if TYPE_CHECKING:
     from pipelines.lib.inspection.statistics import Model
@@ -254,15 +255,20 @@ def tensor_table(model: Model) -> Safe:
     """Every tensor with its figures."""
     head = [("tensor", ""), ("shape", ""), ("", "")]
     head += [(n, "n") for n in ("mean", "std", "kurtosis", "norm", "max |w|", "zeros", "s. rank", "e. rank", "sigma 1")]
+    head += [("row norms", "n"), ("|cos| of rows", "n")]
     rows = []
     for t in model.tensors:
         m = t.moments
         words = f"{t.name}: from {number(m.low)} to {number(m.high)}"
+        if t.quantiles:
+            words += "; quantiles " + ", ".join(
+                f"{q:g}: {number(v)}" for q, v in zip(QUANTILES, t.quantiles, strict=True)
+            )
         picture = histogram(t.counts, words)
         rows.append(
             (
                 t.name,
-                " x ".join(map(str, t.shape)),
+                "\u00a0x\u00a0".join(map(str, t.shape)),  # in one line
                 tag("td", picture),
                 *(number(x) for x in (m.mean, m.std)),
                 f"{m.kurtosis:.2f}" if math.isfinite(m.kurtosis) else "",
@@ -270,11 +276,14 @@ def tensor_table(model: Model) -> Safe:
                 f"{m.zeros:.1%}" if m.zeros else "",
                 *(f"{x:.1f}" if math.isfinite(x) else "" for x in (t.stable_rank, t.effective_rank)),
                 number(t.singular[0]) if t.singular else "",
+                f"{number(t.axes.row_norm)} ± {t.axes.row_norm_std:.2g}" if t.axes is not None else "",
+                f"{t.axes.row_cosine:.3f}" if t.axes is not None and math.isfinite(t.axes.row_cosine) else "",
             )
         )
     words = say(
         "s. rank: |W|² / largest singular value², how many directions of the strongest one's size; e. rank: exp of the "
-        "entropy of the singular values' shares; sigma 1: the largest singular value."
+        "entropy of the singular values' shares; sigma 1: the largest singular value; |cos| of rows: the mean of two "
+        "different rows. Quantiles stand at the histograms."
     )
     return section("tensors", f"Every tensor of {model.name}", words, tag("div", table(head, rows), class_="tall"))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from pipelines.lib.config import InputError
 
 AT_ONCE = 1 << 22  # numbers turned into float64 together
 BINS = 61
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+ROWS = 1024  # of a matrix whose angles are taken
 LONGEST_SIDE = (
     1024  # of a matrix whose singular values are computed from the matrix itself; five times as long as below
 )
@@ -45,8 +48,26 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Axes:
+    """A matrix by its rows and columns: mean and standard deviation of their L2 norms.
+
+    row_cosine: mean |cosine| of two different rows, of at most ROWS of them, spread over all; random rows of n columns
+    have about 0.8 / sqrt(n).
+    """
+
+    row_norm: float
+    row_norm_std: float
+    column_norm: float
+    column_norm_std: float
+    row_cosine: float
+
+
+@dataclass(frozen=True)
 class TensorFigures:
-    """A tensor's name, shape and moments; histogram: edges and counts; singular: values, largest first, of a matrix."""
+    """A tensor's name, shape and moments; histogram: edges and counts; singular: values, largest first, of a matrix.
+
+    quantiles: of its finite numbers at QUANTILES.  axes: of a matrix of finite numbers.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -54,6 +75,8 @@ class TensorFigures:
     edges: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
     singular: tuple[float, ...] = field(default=(), repr=False)
+    quantiles: tuple[float, ...] = ()
+    axes: Axes | None = None
 
     @property
     def stable_rank(self) -> float:
@@ -156,7 +179,30 @@ def singular_values(x: Tensor) -> tuple[float, ...]:
 def figures_of(name: str, x: Tensor) -> TensorFigures:
     """Everything about one tensor."""
     edges, counts = histogram(x)
-    return TensorFigures(name, tuple(x.shape), moments(x), edges, counts, singular_values(x))
+    own = (name, tuple(x.shape), moments(x), edges, counts, singular_values(x))
+    return TensorFigures(*own, quantiles(x), axes(x))
+
+
+def quantiles(x: Tensor) -> tuple[float, ...]:
+    """At QUANTILES, in between linearly; () where no number is finite."""
+    flat = x.detach().reshape(-1).float().cpu()
+    flat = flat[flat.isfinite()]
+    return tuple(np.quantile(flat.numpy(), QUANTILES).tolist()) if flat.numel() else ()
+
+
+def axes(x: Tensor) -> Axes | None:
+    """Norms along both axes of a matrix and the angles between its rows; None for what is none, or not finite."""
+    if x.dim() != 2 or not bool(x.isfinite().all()):
+        return None
+    x = x.detach()
+    wide = x.double() if x.numel() <= AT_ONCE else x.float()
+    rows, columns = wide.norm(dim=1), wide.norm(dim=0)
+    some = wide[torch.linspace(0, len(x) - 1, min(len(x), ROWS)).long()]
+    some = torch.nn.functional.normalize(some, dim=1)
+    n = len(some)
+    apart = ((some @ some.T).abs().sum() - some.square().sum()) / max(1, n * (n - 1))
+    spread = [float(v.std(correction=0)) for v in (rows, columns)]
+    return Axes(float(rows.mean()), spread[0], float(columns.mean()), spread[1], float(apart) if n > 1 else math.nan)
 
 
 def change(name: str, a: Tensor, b: Tensor) -> Change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -90,6 +91,17 @@ def test_figures_are_those_of_the_validation_split_and_the_weights(page_of_two, 
         assert change["angle"] == pytest.approx(math.degrees(math.acos(min(1.0, cosine))), abs=1e-3)
 
 
+def test_a_pattern_chooses_tensors_and_the_csv_has_them(trained, tmp_path):
+    words = ["tokens=64", "track=none", "device=cpu", "tensors=mlp.*weight", f"out={tmp_path}"]
+    assert main(["statistics", str(trained), *words]) == 0
+    tree = json.loads((tmp_path / "statistics.json").read_text())
+    names = [t["name"] for t in tree["models"][0]["tensors"]]
+    table = list(csv.DictReader((tmp_path / "tensors.csv").open()))
+    assert names and all("mlp" in name for name in names) and [row["tensor"] for row in table] == names
+    for row, t in zip(table, tree["models"][0]["tensors"], strict=True):
+        assert float(row["std"]) == t["moments"]["std"] and float(row["quantile_0.5"]) == t["quantiles"][3]
+
+
 def test_the_same_model_twice_has_not_changed_and_another_shape_has_no_namesake(trained, tmp_path, capsys):
     gpt(vocab_size=128).save_pretrained(tmp_path / "other")
     words = ["tokens=64", "track=none", "device=cpu"]
@@ -150,6 +162,7 @@ def test_page_and_figures_go_to_the_runs_mlflow_run(trained, tmp_path):
     assert {f.path for f in client.list_artifacts(id_, "statistics")} == {
         "statistics/statistics.html",
         "statistics/statistics.json",
+        "statistics/tensors.csv",
     }
     tree = json.loads((run / "statistics" / "statistics.json").read_text())
     (metric,) = client.get_metric_history(id_, "statistics/rankme")
@@ -167,6 +180,7 @@ def test_page_and_figures_go_to_the_runs_mlflow_run(trained, tmp_path):
         (["{run}", "context=33"], "context=33"),
         (["{run}", "which=step_7"], "step_7"),
         (["nowhere"], "nowhere"),
+        (["{run}", "tensors=("], "tensors=("),
         (["{run}", "out={run}/config.yaml"], "out="),
     ],
 )

@@ -63,6 +63,24 @@ def test_ranks_of_a_spectrum():
     assert math.isnan(entropy_rank([])) and math.isnan(eye.__class__("v", (3,), eye.moments).stable_rank)
 
 
+def test_quantiles_axes_and_angles_are_numpys(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(9, 14)
+    y = x.double().numpy()
+    figures = weights.figures_of("x", x)
+    assert figures.quantiles == pytest.approx(np.quantile(y, weights.QUANTILES), rel=1e-5)
+    rows, columns = np.linalg.norm(y, axis=1), np.linalg.norm(y, axis=0)
+    got = figures.axes
+    assert (got.row_norm, got.row_norm_std) == pytest.approx((rows.mean(), rows.std()))
+    assert (got.column_norm, got.column_norm_std) == pytest.approx((columns.mean(), columns.std()))
+    cosines = [abs(y[i] @ y[j]) / rows[i] / rows[j] for i in range(9) for j in range(9) if i != j]
+    assert got.row_cosine == pytest.approx(np.mean(cosines))
+    assert weights.axes(torch.full((2, 2), math.nan)) is None and weights.axes(torch.ones(3)) is None
+    monkeypatch.setattr(weights, "ROWS", 3)
+    cosines = [abs(y[i] @ y[j]) / rows[i] / rows[j] for i in (0, 4, 8) for j in (0, 4, 8) if i != j]
+    assert weights.axes(x).row_cosine == pytest.approx(np.mean(cosines))
+
+
 def test_change_has_angle_relative_size_and_ratio_of_norms():
     a = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
     b = torch.tensor([[3.0, 3.0], [0.0, 0.0]])
