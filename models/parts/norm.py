@@ -15,7 +15,7 @@ from models.cost import Ops, elementwise
 from models.parts.activation import Activation, Tanh
 from models.parts.numeric import require, straight_through, wide
 from models.roles import mark
-from models.spec import Part
+from models.spec import Part, kind_of
 
 if TYPE_CHECKING:
     from models.parts.block import BlockSpec
@@ -399,6 +399,13 @@ class NoNorm(Norm):
 
     def ops(self, d: int, bias: bool) -> Ops:
         return Ops()
+
+    def refuses(self, block: BlockSpec) -> str | None:
+        for name in ("placement", "mlp_placement"):
+            kind = kind_of(getattr(block, name))
+            if kind != "pre":
+                return f"{name}={kind} has no effect, as an identity is the same wherever it stands; leave it out"
+        return None
 
 
 def _rms_ops(d: int, k: int, gain: bool) -> Ops:

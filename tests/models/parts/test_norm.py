@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from models.gpt.config import GPT
+from models.parts.attention import Causal
 from models.parts.norm import (
     Capped,
     DynamicTanh,
@@ -20,6 +22,7 @@ from models.parts.norm import (
     RMSNorm,
     SliceRMSNorm,
 )
+from models.parts.placement import Post
 from models.spec import ConfigError, build
 from tests.models.parts.exact import agree, by_rows, exact
 
@@ -281,6 +284,12 @@ def test_impossible_options_are_refused_in_one_line(kind, options, words):
     with pytest.raises(ConfigError) as error:
         build(Norm, {"kind": kind, **options}, "norm")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_identity_refuses_placements_that_it_makes_ineffective():
+    with pytest.raises(ConfigError, match="placement=post has no effect"):
+        GPT(d_model=16, n_layers=1, attention=Causal.small(), norm=NoNorm(), placement=Post())
+    assert GPT(d_model=16, n_layers=1, attention=Causal.small(), norm=NoNorm()).blocks()
 
 
 @pytest.mark.parametrize("kind", Norm.kinds)
