@@ -248,6 +248,35 @@ def test_a_local_task_s_log_likelihoods_are_those_computed_by_hand(model, tmp_pa
     assert again["tasks"]["sums_local"]["documents"] == 4
 
 
+@pytest.mark.usefixtures("_lm_eval_cache")
+@pytest.mark.parametrize("kind", ["model", "llama"])
+def test_few_shot_batch_dtype_and_device_of_the_runner_act_on_ours_and_others_models(kind, tmp_path, request):
+    """Fewer examples of tiny prompts, so that they fit into the context of 24 bytes."""
+    folder, tasks = request.getfixturevalue(kind), choices_task(tmp_path / "tasks")
+    rows = [json.loads(line) for line in (tasks / "sums.jsonl").read_text().splitlines()]
+    short = [{**row, "question": f"q{i}", "choices": ["a", "b", "cc"]} for i, row in enumerate(rows)]
+    (tasks / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+
+    def run(*words):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        results = evaluate(folder, f"tasks={tasks}", "samples=true", *words, out=out)
+        samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        return results, [[float(r[0]) for r in s["filtered_resps"]] for s in samples], samples
+
+    plain, scores, _ = run()
+    shown, with_examples, samples = run("num_fewshot=2", "seed=7")
+    assert (plain["tasks"]["sums_local"]["num_fewshot"], shown["tasks"]["sums_local"]["num_fewshot"]) == (0, 2)
+    for sample in samples:
+        prompt = str(sample["arguments"])
+        assert len(set(re.findall(r"q\d+", prompt))) == 3 and sample["doc"]["question"] in prompt
+    assert with_examples != scores and run("num_fewshot=2", "seed=8")[1] != with_examples
+    assert np.allclose(run("batch_size=1")[1], scores, rtol=1e-5)
+    half, rough, _ = run("dtype=bfloat16")
+    assert half["model"]["dtype"] == "bfloat16" and plain["model"]["dtype"] == "float32"
+    assert rough != scores and np.allclose(rough, scores, rtol=0.1, atol=0.3)
+    assert plain["device"].startswith("cpu") and plain["model"]["class"] == half["model"]["class"]
+
+
 def test_resampled_errors_are_lm_eval_s_and_are_made_in_silence(capfd, monkeypatch):
     from lm_eval.api.metrics import bootstrap_stderr, median
 

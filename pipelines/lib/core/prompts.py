@@ -5,7 +5,8 @@ schema             context + delimiter + continuation: a sequence per context, s
 language_modeling  context (stripped) + delimiter + continuation: one sequence, scored after the tokens of the prompt
 
 Examples stand before the item, parted by empty lines; one beginning-of-text token stands before all. What is longer
-than the model's context loses its beginning.   Source: DCLM (arXiv:2406.11794) as nanochat evaluates it.
+than the model's context loses its beginning: `context` tokens are kept, the scored ones among them (lm-eval keeps one
+more, for the last one is not read).   Source: DCLM (arXiv:2406.11794) as nanochat evaluates it.
 """
 
 from __future__ import annotations

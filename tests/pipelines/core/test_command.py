@@ -123,6 +123,20 @@ def test_figures_reach_mlflow_under_their_names(places, tmp_path):
     assert "eval/core/who/centred_stderr" in run.data.metrics
 
 
+def test_the_card_of_a_run_shows_its_core(results, tmp_path):
+    from types import SimpleNamespace
+
+    from pipelines.lib.comparison.card import evaluations_of
+
+    folder = tmp_path / "evaluation" / "step_1-core"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    rows = {row.name: row.cells for row in evaluations_of(SimpleNamespace(path=tmp_path))}
+    assert {"core, core", "core/who, acc", "core/who, centred"} <= set(rows)
+    value = results["tasks"]["core"]["metrics"]["core"]["value"]
+    assert float(rows["core, core"][0].replace("\u2212", "-")) == pytest.approx(value, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
