@@ -62,8 +62,34 @@ class PrePost(Placement):
 
 
 @dataclass(frozen=True)
+class PeriPost(Placement):
+    """norm(x + norm(f(norm(x)))): a norm in each of the three places."""
+
+    before = True
+    output = True
+    after = True
+
+
+@dataclass(frozen=True)
+class OutputPost(Placement):
+    """norm(x + norm(f(x))): norms on what is added and on the sum."""
+
+    output = True
+    after = True
+
+
+@dataclass(frozen=True)
 class Bare(Placement):
     """x + f(x): no norm; small initialisation, ReZero or a norm inside the branch must keep it stable."""
 
 
-Placement.kinds = {"pre": Pre, "post": Post, "peri": Peri, "output": Output, "pre_post": PrePost, "none": Bare}
+Placement.kinds = {
+    "pre": Pre,
+    "post": Post,
+    "peri": Peri,
+    "output": Output,
+    "pre_post": PrePost,
+    "peri_post": PeriPost,
+    "output_post": OutputPost,
+    "none": Bare,
+}

@@ -140,11 +140,6 @@ class Confidence(Residual):
     def ops(self, d: int) -> Ops:
         return Ops(multiplies=2 * d + 1, additions=2 * d, reductions=1)
 
-    def refuses(self, block: BlockSpec) -> str | None:
-        if self.constant == 0 and not self.learned:
-            return "with constant=0 fixed and v starting at 0 the branch never gets a gradient; set constant or learned"
-        return None
-
 
 class Sum(nn.Module):
     def forward(self, x: Tensor, o: Tensor) -> Tensor:

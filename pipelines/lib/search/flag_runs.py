@@ -21,6 +21,8 @@ PLACEMENTS = {
     (1, 1, 0): "peri",
     (0, 1, 0): "output",
     (1, 0, 1): "pre_post",
+    (1, 1, 1): "peri_post",
+    (0, 1, 1): "output_post",
     (0, 0, 0): "none",
 }
 
@@ -87,9 +89,7 @@ def placement(f: Flags) -> dict[str, Any]:
             int(bool(f(f"use_{at}_ln") if f(f"use_{at}_ln_{site}") is None else f(f"use_{at}_ln_{site}")))
             for at in ("pre", "peri", "post")
         )
-        found[f"{site}_placement"] = PLACEMENTS.get(places)
-        if places not in PLACEMENTS:
-            raise Lacking("use_peri_ln with use_post_ln (norms on a branch's output and on the sum)")
+        found[f"{site}_placement"] = PLACEMENTS[places]
         found[f"{site}_residual"] = residual(f, site)
     parallel = bool(f("use_parallel_mlp"))
     if parallel and found["attn_placement"] != "pre":

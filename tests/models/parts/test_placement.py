@@ -44,6 +44,12 @@ def formula(kind: str, norms: list, f, x, join):
     if kind == "pre_post":
         a, b = next(n), next(n)
         return b(join(x, f(a(x))))
+    if kind == "peri_post":
+        a, b, c = next(n), next(n), next(n)
+        return c(join(x, b(f(a(x)))))
+    if kind == "output_post":
+        a, b = next(n), next(n)
+        return b(join(x, a(f(x))))
     return join(x, f(x))
 
 

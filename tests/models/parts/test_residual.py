@@ -105,6 +105,15 @@ def test_confidence_does_not_grow_with_the_width():
 def test_rules_that_can_never_learn_are_refused():
     from models.gpt.config import GPT
 
-    for rule in (Scaled(alpha=0.0), Slerp(alpha=0.0), Confidence(constant=0.0, learned=False), Slerp(eps=0.0)):
+    for rule in (Scaled(alpha=0.0), Slerp(alpha=0.0), Slerp(eps=0.0)):
         with pytest.raises(ConfigError, match="residual="):
             GPT(residual=rule)
+
+
+def test_a_confidence_that_starts_silent_can_wake():
+    """The laboratory's default: c is absent and v starts at 0; v gets the first gradient, then the branch."""
+    module = Confidence(constant=0.0, learned=False).build(D)
+    x, o = torch.randn(3, D), torch.randn(3, D)
+    torch.testing.assert_close(module(x, o), x)
+    module(x, o).square().sum().backward()
+    assert bool((module.direction.grad != 0).all())

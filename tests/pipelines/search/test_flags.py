@@ -15,7 +15,7 @@ from pipelines.lib.config import InputError, assemble, override, read_yaml, reci
 from pipelines.lib.search.flag_arrange import arrange, boxes, built
 from pipelines.lib.search.flag_files import import_file, import_greedy, is_laboratory
 from pipelines.lib.search.flag_runs import settings
-from pipelines.lib.search.flag_values import Flags, Lacking
+from pipelines.lib.search.flag_values import Flags
 from pipelines.lib.search.flags import FLAGS, LEFT_OUT, is_flag, left_out
 from pipelines.lib.search.ledger import Ledger
 from pipelines.lib.search.space import Space
@@ -212,9 +212,8 @@ def test_a_branchs_own_switch_goes_first():
     assert (found["model.placement"], found["model.mlp_placement"]) == ("peri", "pre")
 
 
-def test_norms_on_output_and_sum_at_once_are_not_offered():
-    with pytest.raises(Lacking, match="use_peri_ln with use_post_ln"):
-        settings(Flags({"use_peri_ln": True, "use_post_ln": True}))
+def test_norms_in_all_three_places_at_once_stay():
+    assert settings(Flags({"use_peri_ln": True, "use_post_ln": True}))["model.placement"] == "peri_post"
 
 
 def test_a_window_of_w_was_w_plus_1_keys(tmp_path):
