@@ -38,6 +38,13 @@ class Place:
     holder: type | None = None
     outer: Place | None = None
 
+    @property
+    def sort(self) -> type[Part]:
+        """The registry of what stands there."""
+        base = part_of(fields(self.holder or GPT)[self.field][0])
+        assert base is not None
+        return base
+
     def put(self, part: Any, spec: GPT) -> GPT:
         """The model with the part there; kinds on the way have their defaults. Raises ConfigError."""
         if self.holder is None or self.outer is None:
@@ -102,25 +109,27 @@ class Registry:
     kinds: list[Kind] = field(default_factory=list)
 
 
+def places() -> list[Place]:
+    """Everywhere a part can stand in a GPT. A sort of part that stands in many places is opened at the first one."""
+    found = [Place(name) for name, (annotation, _) in fields(GPT).items() if part_of(annotation)]
+    opened: set[type[Part]] = set()
+    for place in found:  # which grows
+        base = place.sort
+        if base not in opened:
+            opened.add(base)
+            for cls in base.kinds.values():
+                found += [Place(name, cls, place) for name, (inner, _) in fields(cls).items() if part_of(inner)]
+    return found
+
+
 def registries() -> tuple[dict[type[Part], Place], dict[type[Part], dict[str, list[type]]]]:
     """Every registry that GPT's fields reach: where it stands first, and all its dotted places with their holders."""
     first: dict[type[Part], Place] = {}
     everywhere: dict[type[Part], dict[str, list[type]]] = {}
-    queue: list[Place] = [Place(name) for name, (annotation, _) in fields(GPT).items() if part_of(annotation)]
-    types_of = {name: annotation for name, (annotation, _) in fields(GPT).items()}
-    while queue:
-        place = queue.pop(0)
-        annotation = types_of[place.field] if place.holder is None else fields(place.holder)[place.field][0]
-        base = part_of(annotation)
-        assert base is not None
-        everywhere.setdefault(base, {}).setdefault(place.path(), [])
-        if place.holder is not None:
-            everywhere[base][place.path()].append(place.holder)
-        if base in first:
-            continue
-        first[base] = place
-        for cls in base.kinds.values():
-            queue += [Place(name, cls, place) for name, (inner, _) in fields(cls).items() if part_of(inner)]
+    for place in places():
+        first.setdefault(place.sort, place)
+        holders = everywhere.setdefault(place.sort, {}).setdefault(place.path(), [])
+        holders += [place.holder] if place.holder is not None else []
     return first, everywhere
 
 

@@ -1,11 +1,22 @@
-"""The conformance suite of models/check.py as a command: `python -m pipelines.evaluate check WHAT`."""
+"""The conformance suite of models/check as a command.
+
+python -m pipelines.evaluate check gpt                           every preset, part and switch of a family, small
+python -m pipelines.evaluate check gpt model.norm=rmsnorm        one small model with this part, and every option of it
+python -m pipelines.evaluate check runs/demo                     a trained model
+NOVELLA_IMPORTS=my.norms python -m pipelines.evaluate check gpt model.norm=mine       a part of your own
+
+A part of your own is a frozen dataclass in a registry (`Norm.kinds["mine"] = Mine` in a module of yours that
+NOVELLA_IMPORTS names): its parameters and operations are held against its formulas, memory against full passes, float32
+and bfloat16 against float64, and each of its options must have an effect.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from models.spec import near
 from pipelines.lib.config import InputError
@@ -16,6 +27,8 @@ class CheckConfig:
     """Run the conformance suite: everything that every model family promises, in float64.
 
     model: a family (all its presets and parts, small), a preset, a recipe, a run, or a Hugging Face folder of ours
+    changes: settings laid over the model, which may stand as they are: model.norm=mine model.attention.window=8. Laid
+        over a family they make one small model
     which: the checkpoint of a run: best, last or step_N
     only: checks whose name contains this
     backend: of torch.compile; inductor runs the real compiler (slow)
@@ -23,17 +36,60 @@ class CheckConfig:
     """
 
     model: str
+    changes: tuple[str, ...] = ()
     which: str = "best"
     only: str | None = None
     backend: Literal["eager", "aot_eager", "inductor"] = "eager"
     full: bool = False
 
 
-def subjects(config: CheckConfig) -> dict[str, Any]:
-    """{name: function that makes the model} of what `model` names. Raises InputError or ConfigError."""
+class Subject(NamedTuple):
+    """make: gives the model.  focus: the config field that it is about, None: all.  first: whether all are run."""
+
+    make: Any
+    focus: str | None = None
+    first: bool = True
+
+
+def words(given: Sequence[str]) -> list[str]:
+    """`model.norm=mine` on the command line is a change laid over the model."""
+    return [f"changes={word}" if word.startswith("model.") and "=" in word else word for word in given]
+
+
+def changed(spec: Any, changes: Sequence[str]) -> tuple[Any, str | None]:
+    """A spec with settings such as `model.norm.eps=1e-3` laid over it, and the field that all of them are about.
+
+    A part that is named alone has the options of its small form. Raises InputError or ConfigError.
+    """
+    from models.check.variants import small
+    from models.families import Family
+    from models.spec import build, fields, part_of, plain
+    from pipelines.lib.config import defaults_under, override, scalar
+
+    tree = plain(spec)
+    for change in changes:
+        key, given, value = change.removeprefix("model.").partition("=")
+        if not given:
+            raise InputError(f"changes={change}: a setting is needed, such as model.norm=rmsnorm")
+        new = scalar(value)
+        base = part_of(fields(type(spec))[key][0]) if key in fields(type(spec)) else None
+        if base is not None and isinstance(new, str) and new in base.kinds:
+            new = plain(small(base.kinds[new]))
+            tree = {**tree, key: new}
+        else:
+            tree = override(tree, key, new)
+    tops = {change.removeprefix("model.").partition("=")[0].split(".")[0] for change in changes}
+    kind = tree.pop("kind")
+    made = build(Family, {"kind": kind, **defaults_under(type(spec), tree)}, "model")
+    return made, tops.pop() if len(tops) == 1 else None
+
+
+def subjects(config: CheckConfig) -> dict[str, Subject]:
+    """{name: model} of what `model` names. Raises InputError or ConfigError."""
     import torch
 
-    from models.check import shrunk, variants
+    from models.check import shrunk, stirred, variants
+    from models.check.variants import base
     from models.families import Family, create
     from models.gpt.presets import PRESETS
     from models.lm import LM
@@ -48,21 +104,33 @@ def subjects(config: CheckConfig) -> dict[str, Any]:
             torch.manual_seed(0)
             return create(spec)
 
-        return make
+        return make if config.full else stirred(make)
 
     name = config.model
     if name in Family.kinds:
-        specs = {k: s for k, s in variants().items() if isinstance(s, Family.kinds[name])}
-        return {k: maker(s) for k, s in specs.items()}
+        if config.changes:
+            if not isinstance(base(), Family.kinds[name]):
+                raise InputError(
+                    f"check {name}: changes= need a preset or recipe of this family; there is no small base"
+                )
+            spec, focus = changed(base(), config.changes)
+            return {" ".join(config.changes): Subject(maker(spec), focus)}
+        found = {k: v for k, v in variants().items() if isinstance(v.spec, Family.kinds[name])}
+        return {k: Subject(maker(v.spec), v.focus, v.first) for k, v in found.items()}
     if name in PRESETS:
-        return {name: maker(PRESETS[name]() if config.full else shrunk(PRESETS[name]()))}
+        spec, focus = changed(PRESETS[name]() if config.full else shrunk(PRESETS[name]()), config.changes)
+        return {name: Subject(maker(spec), focus)}
     path = storage_path(name)
     if path.is_dir():
+        if config.changes:
+            raise InputError(
+                f"check {name}: a trained model is what it is; changes= are for families, presets, recipes"
+            )
         folder = resolve(path, config.which)
         model = open_folder(folder)
         if not isinstance(model, LM):
             raise InputError(f"{folder}: a {type(model).__name__} of transformers; the suite is for our own families")
-        return {str(name): lambda: open_folder(folder)}
+        return {str(name): Subject(lambda: open_folder(folder))}
     recipes = sorted(p.stem for p in RECIPES.glob("*.yaml"))
     if not path.is_file() and name not in recipes:
         known = [*Family.kinds, *PRESETS, *recipes]
@@ -73,7 +141,8 @@ def subjects(config: CheckConfig) -> dict[str, Any]:
     spec = build(Family, tree, "model")
     if spec.vocab_size is None:
         spec = dataclasses.replace(spec, vocab_size=64)
-    return {name: maker(spec if config.full else small(spec, shrunk))}
+    spec, focus = changed(spec if config.full else small(spec, shrunk), config.changes)
+    return {name: Subject(maker(spec), focus)}
 
 
 def small(spec: Any, shrunk: Any) -> Any:
@@ -90,7 +159,7 @@ def run_check(config: CheckConfig) -> int:
     from rich.table import Table
     from transformers.utils.logging import disable_progress_bar
 
-    from models.check import CHECKS, conformance
+    from models.check import CHECKS, QUICK, conformance
     from pipelines.lib.progress import Progress
     from pipelines.lib.terminal import print_table
 
@@ -98,15 +167,18 @@ def run_check(config: CheckConfig) -> int:
     chosen = [name for name in CHECKS if config.only is None or config.only in name]
     if not chosen:
         raise InputError(f"only={config.only}: no such check{near(config.only, CHECKS)}")
-    makers = subjects(config)
+    work = {
+        name: (subject, [c for c in chosen if subject.first or c in (*QUICK, "every_field_matters")])
+        for name, subject in subjects(config).items()
+    }
     began = time.perf_counter()
     outcomes: dict[str, list[Any]] = {}
-    with Progress(len(makers) * len(chosen), "checks", f"check {config.model}") as progress:
+    with Progress(sum(len(checks) for _, checks in work.values()), "checks", f"check {config.model}") as progress:
         done = 0
-        for name, make in makers.items():
+        for name, (subject, checks) in work.items():
             outcomes[name] = []
-            for check in chosen:
-                outcomes[name] += [r for r in conformance(make, config.backend, check) if r.name == check]
+            for check in checks:
+                outcomes[name] += conformance(subject.make, config.backend, focus=subject.focus, names=[check])
                 done += 1
                 progress.update(done, on=name)
     table = Table(box=box.SIMPLE)
