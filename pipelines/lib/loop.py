@@ -35,7 +35,7 @@ from pipelines.lib.jsonl import row_at
 from pipelines.lib.measure import hidden_statistics, peak_flops, update_ratio
 from pipelines.lib.model_folder import open_folder
 from pipelines.lib.order import Order, Source, key
-from pipelines.lib.run import Run
+from pipelines.lib.run import Run, write_atomic
 from pipelines.lib.runlog import Log, Metrics, write_sample
 from pipelines.lib.shards import TokenFolder, Tokens
 from pipelines.lib.training import TrainConfig, Verify
@@ -629,18 +629,28 @@ class Course:
 
 
 def samples(trainer: Trainer) -> None:
-    """Continue the sample prompts (temperature 0.8, top-k 50, fixed seed) and add them to samples.txt."""
+    """Continue the sample prompts (temperature 0.8, top-k 50, fixed seed) and add them to samples.txt.
+
+    samples.html shows the newest ones, each token coloured by its probability, with what it was drawn from.
+    """
     if trainer.tokenizer is None:
         return
+    from pipelines.lib.inspection.draws import continuation
+    from pipelines.lib.inspection.draws_page import draws_page
     from serving.engine import Engine, RequestError, SamplingParams
 
     config = trainer.config
-    params = SamplingParams(max_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed)
+    params = SamplingParams(max_tokens=config.sample_tokens, temperature=0.8, top_k=50, seed=config.seed, draws=10)
     engine = Engine(trainer.model, trainer.tokenizer)
+    looked = []
     for prompt in config.sample_prompts:
         try:
-            (text,) = engine.generate([prompt], params)
+            (request,) = engine.complete([prompt], params)
         except RequestError as error:  # a prompt that this tokenizer or context cannot take costs no training
             trainer.log(f"no sample of {prompt!r}: {error}")
             continue
-        write_sample(trainer.run.samples, trainer.state.step, prompt, text)
+        write_sample(trainer.run.samples, trainer.state.step, prompt, request.text)
+        looked.append(continuation(engine, request, prompt, 0))
+    if looked:
+        page = draws_page(looked, "probability", 10, "of the newest validation", f"step {trainer.state.step}")
+        write_atomic(trainer.run.samples.with_name("samples.html"), page)

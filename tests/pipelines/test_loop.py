@@ -474,3 +474,18 @@ def test_keep_policy_spares_the_best_the_newest_and_the_multiples(data, tmp_path
 def test_settings_that_cannot_be_are_refused_with_what_would_do(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         train(job({**tiny_config(data, tmp_path / "run"), **changes}))
+
+
+def test_samples_of_each_validation_are_kept_and_the_newest_can_be_looked_at(tmp_path):
+    from pipelines.tokenize import main as tokenize
+
+    (tmp_path / "text.txt").write_text("the model reads a token and predicts another one\n" * 100)
+    folder, run = tmp_path / "tokens", tmp_path / "run"
+    words = [f"source={tmp_path / 'text.txt'}", "split=tail", "tokenizer=bytes", f"out={folder}", "workers=0"]
+    assert tokenize([*words, "track=none"]) == 0
+    vocab = json.loads((folder / "manifest.json").read_text())["tokenizer"]["vocab_size"]
+    changes = {"steps": 6, "eval_every": 3, "sample_prompts": ["the "], "model": {"vocab_size": vocab}}
+    train(job(tiny_config(folder, run, **changes)))
+    assert (run / "samples.txt").read_text().count('"the "') == 2
+    page = (run / "samples.html").read_text()
+    assert "step 6: 1 continuation" in page
