@@ -149,3 +149,10 @@ def test_make_reinstalls_only_when_pyproject_has_changed(tmp_path):
     os.utime(project)
     os.utime(project, (2**32, 2**32))
     assert "pip install" in plan("demo") and ".[dev]" in plan("test") and ".[dev]" not in plan("demo")
+
+
+def test_every_test_that_keeps_a_fault_out_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (REPO / "docs" / "faults.md").read_text())
+    assert len(named) > 80
+    lost = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (REPO / path).read_text()]
+    assert not lost
