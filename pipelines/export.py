@@ -187,6 +187,7 @@ def complete(model: Any, tokenizer: Any) -> None:
         return
     tokenizer.model_max_length = model.spec.seq_len
     settings = model.generation_config
+    settings._from_model_config = False  # else transformers may make it anew from config.json
     for role in ("bos", "eos", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
         if getattr(settings, f"{role}_token_id") is None and token is not None and token < model.spec.vocab:

@@ -70,6 +70,7 @@ def test_the_folder_has_all_that_a_stranger_needs_and_its_weights_are_the_run_s(
     model, source = load(exported), load(run / "checkpoints" / (run / "best").read_text().strip())
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert model.generation_config.eos_token_id == 256 and model.generation_config.pad_token_id == 256
+    assert json.loads((exported / "generation_config.json").read_text())["_from_model_config"] is False
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert (tokenizer.pad_token, tokenizer.model_max_length) == ("<|endoftext|>", 32)
     assert tokenizer("ab")["input_ids"] == [97, 98]  # a prompt is not ended before it is continued
@@ -387,6 +388,11 @@ def test_a_separate_environment_with_transformers_only_opens_it_and_lm_eval_scor
     tokenizer = AutoTokenizer.from_pretrained(exported)
     verified = checks.verify(exported, model, weights, code=True, tokenizer=tokenizer, python=[str(python), "-I"])
     assert verified.difference == 0 and verified.model_class == "GPTForCausalLM"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    (example,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.S)
+    words = [str(python), "-I", "-c", example]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=exported.parent, env=env, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and done.stdout.startswith("The ") and "custom code" not in done.stdout + done.stderr
 
     task = choices_task(tmp_path / "task")
     words = [str(run), f"tasks={task}", f"out={tmp_path / 'ours'}", "samples=true", "track=none", "device=cpu"]
@@ -401,7 +407,6 @@ def test_a_separate_environment_with_transformers_only_opens_it_and_lm_eval_scor
         "found = simple_evaluate('hf', model_args=model, tasks=names.split(), device='cpu', task_manager=manager)\n"
         "print('RESULTS', json.dumps([found['results'], found['samples']], default=str))"
     )
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     words = [str(python), "-I", "-c", code, str(exported), str(task), " ".join(ours)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=task, env=env, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -70,7 +70,7 @@ def main(folder: str, questions: str, answers: str) -> None:
     model.generation_config = GenerationConfig(max_new_tokens=asked["new"], do_sample=False, pad_token_id=0)
     found["generated"] = model.generate(ids, attention_mask=mask)[:, width:].tolist()
     if asked["text"] is not None:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **code)  # it opens the config, too
         found["tokens"] = tokenizer(asked["text"])["input_ids"]
         found["decoded"] = tokenizer.decode(found["tokens"], skip_special_tokens=True)
         if asked["chat"] is not None:

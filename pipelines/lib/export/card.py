@@ -114,7 +114,7 @@ def use(subject: Subject) -> str:
     ]
     if subject.tokenizer is not None:
         code += [
-            f'tokenizer = AutoTokenizer.from_pretrained("{subject.name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{subject.name}"{flag})',
             'inputs = tokenizer("The ", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         ]

@@ -123,7 +123,15 @@ def ask(folder: Path, asked: Mapping[str, Any], python: Sequence[str]) -> tuple[
         }
         words = [*python, alone.__file__, str(folder), f"{place}/asked.json", f"{place}/answers"]
         try:
-            done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+            done = subprocess.run(
+                words,
+                cwd=place,
+                env=environment,
+                stdin=subprocess.DEVNULL,  # transformers would ask whether code may run, and wait
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+            )
         except subprocess.TimeoutExpired:
             raise InputError(f"{folder.name}: did not open within {TIMEOUT_S} s") from None
         if done.returncode:
