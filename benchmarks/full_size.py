@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = [
         "# One training update at full size",
         "",
-        f"Command: `python -m benchmarks.full_size {' '.join(words)}`. {time.strftime('%Y-%m-%d')}, "
+        f"Command: `python -m benchmarks.full_size {' '.join(w for w in words if not w.startswith('out='))}`. {time.strftime('%Y-%m-%d')}, "
         f"{platform.machine()}, {threads} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f} at "
         "the start. Random tokens below 128, so the loss falls from ln 50257 = 10.8 as soon as the model notices. "
         "Memory is what the process takes above its start, in GiB; `elements` are counted on the model, `formula` "
