@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,18 +37,18 @@ def rows() -> Iterator[tuple[str, Callable[[], Any], str, str]]:
     stories = Path(os.environ.get("NOVELLA_DATA", "")) / "stories260K" / "stories260K.bin"
     if stories.is_file():
         for layout, dtype in (("own", "float32"), ("own", "bfloat16"), ("llama", "float32")):
-            yield "stories260K, trained", lambda: llama2c.load(stories), layout, dtype
+            yield "stories260K, trained", partial(llama2c.load, stories), layout, dtype
     normed = Causal(n_heads=4, n_kv_heads=2, qk_norm=RMSQKNorm(eps=1e-5))
-    for name, spec, layout, dtype in (
+    public: tuple[tuple[str, Any, str, str], ...] = (
         ("hypersphere_tiny", preset("hypersphere_tiny"), "own", "float32"),
-        ("tiny with QK-norm", dataclasses.replace(preset("tiny"), attention=normed), "qwen3", "float32"),  # type: ignore[call-arg]
+        ("tiny with QK-norm", dataclasses.replace(cast(Any, preset("tiny")), attention=normed), "qwen3", "float32"),
         ("gpt2_124m", preset("gpt2_124m"), "gpt2", "float32"),
         ("smollm2_135m", preset("smollm2_135m"), "llama", "bfloat16"),
         ("hypersphere_124m", preset("hypersphere_124m"), "own", "float32"),
         ("hypersphere_124m", preset("hypersphere_124m"), "own", "bfloat16"),
-    ):
-        whole = dataclasses.replace(spec, vocab_size=spec.vocab_size or 4096)  # type: ignore[type-var]
-        yield name, lambda whole=whole: create(whole), layout, dtype  # type: ignore[misc]
+    )
+    for name, spec, layout, dtype in public:
+        yield name, partial(create, dataclasses.replace(spec, vocab_size=spec.vocab_size or 4096)), layout, dtype
 
 
 def measure(make: Callable[[], Any], layout: str, dtype: str, place: Path) -> dict[str, Any]:
@@ -74,8 +75,8 @@ def measure(make: Callable[[], Any], layout: str, dtype: str, place: Path) -> di
 
 def main(words: list[str]) -> int:
     out = Path(dict(word.split("=", 1) for word in words).get("out", "benchmarks/results"))
-    head = ("model", "layout", "format", "parameters", "folder, MiB", "code files", "weights equal")
-    head += ("logits apart", "largest logit", "seconds", "copy of the weights, s")
+    head = ["model", "layout", "format", "parameters", "folder, MiB", "code files", "weights equal"]
+    head += ["logits apart", "largest logit", "seconds", "copy of the weights, s"]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * 3 + ['---:'] * (len(head) - 3))} |"]
     versions: dict[str, str] = {}
     for name, make, layout, dtype in rows():

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.estimate import tokens
+from models.gpt.presets import PRESETS
 from models.spec import build
 from pipelines.lib import loop
 from pipelines.lib.config import overlay, recipe
@@ -81,10 +82,11 @@ def main(argv: list[str] | None = None) -> None:
     names = [word for word in words if "=" not in word]
     rows, threads = int(options.get("rows", 1)), int(options.get("threads", 2))
     results = Path(options.get("out", Path(__file__).parent / "results"))
+    shown = " ".join(word for word in words if not word.startswith("out="))
     lines = [
         "# One training update at full size",
         "",
-        f"Command: `python -m benchmarks.full_size {' '.join(w for w in words if not w.startswith('out='))}`. {time.strftime('%Y-%m-%d')}, "
+        f"Command: `python -m benchmarks.full_size {shown}`. {time.strftime('%Y-%m-%d')}, "
         f"{platform.machine()}, {threads} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f} at "
         "the start. Random tokens below 128, so the loss falls from ln 50257 = 10.8 as soon as the model notices. "
         "Memory is what the process takes above its start, in GiB; `elements` are counted on the model, `formula` "
@@ -107,6 +109,10 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(work / f"run-{i}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    lines += ["", "| preset | parameters |", "| --- | ---: |"]
+    lines += [
+        f"| {name} | {make().n_parameters():,} |" for name, make in PRESETS.items() if name.startswith(tuple(names))
+    ]
     results.mkdir(parents=True, exist_ok=True)
     (results / "full_size.md").write_text("\n".join(lines) + "\n")
 
