@@ -18,7 +18,7 @@ from models.memory import At
 def cached_equals_full(make: Make) -> Verdict:
     """Logits from memory, in chunks of several sizes, are those of one full call."""
     model = exact(make)
-    ids = tokens(model, 2, context(model, 23))
+    ids = tokens(model, 2, context(model, 15))
     full, worst = model(ids).logits, 0.0
     for first, step in ((1, 1), (7, 1), (5, 4)):
         out = model(ids[:, :first], use_cache=True)

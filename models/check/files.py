@@ -21,6 +21,8 @@ def save_load_is_bitwise(make: Make) -> Verdict:
         model.save_pretrained(first)
         loaded = load(first)
         loaded.save_pretrained(second)
+        for tensor in (*loaded.parameters(), *loaded.buffers()):  # a file's bytes lie where they lie in memory, and
+            tensor.data = tensor.data.clone()  # matrix products of unaligned rows differ in the last bit
         hashes = [{p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in f.iterdir()} for f in (first, second)]
         different = sorted(n for n in hashes[0].keys() | hashes[1].keys() if hashes[0].get(n) != hashes[1].get(n))
         if different:

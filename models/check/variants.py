@@ -17,7 +17,7 @@ from models.parts.attention import Causal, Infinite
 from models.parts.depth import Routed
 from models.parts.embedding import Factored
 from models.parts.mlp import MoE, Plain, SwiGLU
-from models.parts.norm import LayerNorm, RMSNorm, SliceRMSNorm
+from models.parts.norm import Capped, LayerNorm, RMSNorm, SliceRMSNorm
 from models.parts.placement import Peri, Post
 from models.parts.position import FIRE, Mixed, NoPosition, Rotary
 from models.parts.qk_norm import L2QKNorm
@@ -40,6 +40,10 @@ class Variant:
     spec: Family
     focus: str | None = None
     first: bool = True
+
+
+# Where a switch does nothing beside the small form's other options: what it is turned in instead.
+AWAKE: dict[tuple[type, str], Any] = {(Capped, "learned_radius"): Capped(radius=1.0)}
 
 
 def base() -> GPT:
@@ -166,7 +170,7 @@ def _switches() -> Iterator[tuple[str, Variant]]:
                     if value == getattr(usual, name):
                         continue
                     try:
-                        part = dataclasses.replace(usual, **{name: value})
+                        part = dataclasses.replace(AWAKE.get((cls, name), usual), **{name: value})
                     except ConfigError:
                         continue
                     if (spec := _fitting(place, part)) is not None:

@@ -401,10 +401,8 @@ class NoNorm(Norm):
         return Ops()
 
     def refuses(self, block: BlockSpec) -> str | None:
-        for name in ("placement", "mlp_placement"):
-            kind = kind_of(getattr(block, name))
-            if kind != "pre":
-                return f"{name}={kind} has no effect, as an identity is the same wherever it stands; leave it out"
+        if block.norm == self and {kind_of(block.placement), kind_of(block.mlp_placement)} != {"pre"}:
+            return "it is the same wherever it stands, so a placement has no effect; leave it out"
         return None
 
 

@@ -66,13 +66,14 @@ def changed(spec: Any, changes: Sequence[str]) -> tuple[Any, str | None]:
     from models.spec import build, fields, part_of, plain
     from pipelines.lib.config import defaults_under, override, scalar
 
+    cls: Any = type(spec)
     tree = plain(spec)
     for change in changes:
         key, given, value = change.removeprefix("model.").partition("=")
         if not given:
             raise InputError(f"changes={change}: a setting is needed, such as model.norm=rmsnorm")
         new = scalar(value)
-        base = part_of(fields(type(spec))[key][0]) if key in fields(type(spec)) else None
+        base = part_of(fields(cls)[key][0]) if key in fields(cls) else None
         if base is not None and isinstance(new, str) and new in base.kinds:
             new = plain(small(base.kinds[new]))
             tree = {**tree, key: new}
@@ -80,7 +81,7 @@ def changed(spec: Any, changes: Sequence[str]) -> tuple[Any, str | None]:
             tree = override(tree, key, new)
     tops = {change.removeprefix("model.").partition("=")[0].split(".")[0] for change in changes}
     kind = tree.pop("kind")
-    made = build(Family, {"kind": kind, **defaults_under(type(spec), tree)}, "model")
+    made = build(Family, {"kind": kind, **defaults_under(cls, tree)}, "model")
     return made, tops.pop() if len(tops) == 1 else None
 
 

@@ -172,3 +172,11 @@ def test_help_loads_no_torch():
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True
     )
     assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+
+
+def test_an_identity_outside_the_blocks_is_fine_with_any_placement(refusals):
+    """Where it is the blocks' norm, a placement has no effect; where it is another one, a placement has nothing to do
+    with it."""
+    others = {r.other if "norm=identity" in r.one else r.one for r in refusals if "norm=identity" in (r.one + r.other)}
+    assert "placement=peri" in others and "mlp_placement=post" in others
+    assert not [r for r in refusals if "final_norm=identity" in (r.one, r.other)]

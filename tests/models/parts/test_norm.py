@@ -287,7 +287,7 @@ def test_impossible_options_are_refused_in_one_line(kind, options, words):
 
 
 def test_an_identity_refuses_placements_that_it_makes_ineffective():
-    with pytest.raises(ConfigError, match="placement=post has no effect"):
+    with pytest.raises(ConfigError, match="same wherever it stands, so a placement has no effect"):
         GPT(d_model=16, n_layers=1, attention=Causal.small(), norm=NoNorm(), placement=Post())
     assert GPT(d_model=16, n_layers=1, attention=Causal.small(), norm=NoNorm()).blocks()
 
