@@ -230,6 +230,8 @@ def write(config: ExportConfig, folder: Path, source: Source) -> str:
     written.save_pretrained(folder)
     if config.layout == "own":
         modules = write_code(model, folder)
+    else:
+        complete_config(folder, model.generation_config)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
     weights = {name: digest(tensor) for name, tensor in written.state_dict().items()}
@@ -271,6 +273,20 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def complete_config(folder: Path, settings: Any) -> None:
+    """What other programs look for in config.json itself: the tokens that begin and end a text, and rotary settings
+    under the names that transformers 4 had, without which an older reader would take its own base without a word.
+    """
+    path = folder / "config.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree |= {f"{role}_token_id": getattr(settings, f"{role}_token_id") for role in ("bos", "eos")}
+    if rope := tree.get("rope_parameters"):
+        tree["rope_theta"] = rope["rope_theta"]
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        tree["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def fitting(spec: Any) -> list[str]:

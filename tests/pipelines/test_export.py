@@ -104,6 +104,8 @@ def test_a_public_layout_in_bfloat16_with_a_chat_template(run, tmp_path, capsys)
     assert "LlamaForCausalLM" in capsys.readouterr().out and not list(out.glob("*.py"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert type(model) is LlamaForCausalLM and model.dtype == torch.bfloat16
+    config = json.loads((out / "config.json").read_text())  # as transformers 4 and llama.cpp look for it
+    assert (config["eos_token_id"], config["rope_theta"], config["rope_scaling"]) == (256, 10000.0, None)
     source = load(run / "checkpoints" / (run / "best").read_text().strip()).to(torch.bfloat16)
     assert torch.equal(model.lm_head.weight, source.head.weight)
     said = tokenizer.apply_chat_template(
