@@ -20,10 +20,10 @@ from models.optim.groups import Optim
 from models.optim.schedule import Schedule
 from models.spec import ConfigError, Part, fields, kind_of, near, part_of, plain, registry_of
 
-TRAINING: dict[type[Part], str] = {  # registries that belong to training and not to a model
-    Objective: "what is minimised at each token",
-    Schedule: "the learning rate over a run, as a share of its peak",
-    Optim: "what turns gradients into updates",
+TRAINING: dict[type[Part], tuple[str, str]] = {  # registries of training and not of a model: setting, what it does
+    Objective: ("loss", "what is minimised at each token"),
+    Schedule: ("schedule", "the learning rate over a run, as a share of its peak"),
+    Optim: ("optim", "what turns gradients into updates"),
 }
 
 
@@ -166,7 +166,8 @@ def collect(setting: Setting, only: str | None = None, with_limits: bool = True)
         if cls in everywhere:
             registry.places = [shown(path, holders) for path, holders in everywhere[cls].items()]
         else:
-            registry.places = [(f"`{name}` of pipelines.train", TRAINING[cls])]
+            key, words = TRAINING[cls]
+            registry.places = [(f"`{key}` of pipelines.train", words)]
         for kind, part in cls.kinds.items():
             entry = describe(kind, part)
             own = costs(name, part, first.get(cls), spec)
