@@ -9,9 +9,10 @@ python -m pipelines.export runs/demo exported/demo layout=llama dtype=bfloat16
 HF_TOKEN=... python -m pipelines.export runs/demo exported/demo --push-to-hub me/demo
 
 layout=own keeps every part: the folder holds the code, and loads with trust_remote_code=True. The other layouts are
-classes of transformers itself, which vLLM and llama.cpp read too; a model with a part that they do not have is refused.
+classes of transformers itself, the ones that other engines are written for; a model with a part that they do not have
+is refused.
 Before the folder gets its name it is opened by a process that has transformers and torch only: weights must be equal
-bit for bit, logits to 1e-5 in float32, and a left-padded batch must continue as its rows do.
+bit for bit, logits to 1e-5 of the largest in float32, and a left-padded batch must continue as its rows do.
 """
 
 from __future__ import annotations
@@ -266,7 +267,7 @@ def write(config: ExportConfig, folder: Path, source: Source) -> str:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """The tokenizer's files, under the class name that transformers 4 (in vLLM, for example) knows as well as 5."""
+    """The tokenizer's files, under the class name that transformers 4 knows as well as 5."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

@@ -197,7 +197,8 @@ def summary(the_run: Any, outcome: Any) -> int:
     print(
         f"next: python -m pipelines.sample {where} --prompt 'The '\n"
         f"      python -m pipelines.evaluate {where}\n"
-        f"      serve run serving.app:build run={where}"
+        f"      serve run serving.app:build run={where}\n"
+        f"      python -m pipelines.export {where} exported/{Path(where).name}"
     )
     return 0
 
