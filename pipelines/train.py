@@ -198,7 +198,7 @@ def summary(the_run: Any, outcome: Any) -> int:
         f"next: python -m pipelines.sample {where} --prompt 'The '\n"
         f"      python -m pipelines.evaluate {where}\n"
         f"      serve run serving.app:build run={where}\n"
-        f"      python -m pipelines.export {where} exported/{Path(where).name}"
+        f"      python -m pipelines.export {where} {shlex.quote('exported/' + the_run.path.name)}"
     )
     return 0
 
