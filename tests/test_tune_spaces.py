@@ -18,7 +18,7 @@ from pipelines.lib.training import LENGTHS, TrainConfig
 
 known = functools.cache(recipe)
 FILES = sorted(SPACES.glob("*.yaml"))
-EXAMPLES = {"shakespeare_greedy", "asha_ten", "parts_sweep"}
+EXAMPLES = {"shakespeare_greedy", "asha_ten", "parts_sweep", "single_parts"}
 
 
 def search(path):
