@@ -22,8 +22,8 @@ def every_parameter_learns(make: Make) -> Verdict:
     return not silent, f"without gradient: {', '.join(silent)}" if silent else f"{len(found)} parameters"
 
 
-def learns_by_heart(make: Make, steps: int = 120) -> Verdict:
-    """One batch is learned by heart: the loss falls below a tenth within 120 steps of Adam."""
+def learns_by_heart(make: Make, steps: int = 60) -> Verdict:
+    """One batch is learned by heart: the loss falls below a tenth within 60 steps of Adam."""
     model = make().train()
     ids = tokens(model, 2, context(model, 8))
     optimizer = torch.optim.Adam(model.parameters(), lr=min(0.02, 0.64 / model.spec.d_model))
