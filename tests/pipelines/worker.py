@@ -22,6 +22,7 @@ def arm(fault: str) -> None:
 
         def dies(self, *args):
             if self.state.step + 1 == int(at):
+                self.checkpoints.wait()  # `save` is the other case; on a busy machine this one would become it
                 os.kill(os.getpid(), signal.SIGKILL)
             return apply(self, *args)
 
