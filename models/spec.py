@@ -186,8 +186,12 @@ def _build_dataclass(tp: type, value: Any, at: str) -> Any:
 def _build_union(args: tuple[Any, ...], value: Any, at: str) -> Any:
     """The first member that takes the value without changing its nature, else the first that takes it at all."""
     bare = value.value if isinstance(value, Raw) else value
-    if bare is None and type(None) in args:
-        return None
+    if (
+        bare is None
+        and type(None) in args
+        and not (isinstance(value, Raw) and value and str in args and value.isspace())
+    ):
+        return None  # but white space that was typed is a text: a separator of two line breaks
     members = [a for a in args if a is not type(None)]
     if len(members) > 1:
         is_list = isinstance(bare, (list, tuple))
@@ -232,4 +236,6 @@ def _build_scalar(tp: Any, value: Any, at: str) -> Any:
     if wrong or tp not in (bool, int, float):
         names = {bool: "true or false", int: "whole number", float: "number"}
         raise ConfigError(f"{at}={_shown(value)} is no {names.get(tp, getattr(tp, '__name__', tp))}")
+    if not math.isfinite(bare):
+        raise ConfigError(f"{at}={_shown(value)} is no finite number")
     return tp(bare)

@@ -229,6 +229,8 @@ def write(config: ExportConfig, folder: Path, source: Source) -> str:
         written = LAYOUTS[config.layout].to_layout(model)
         returns_equal(config.layout, written, model)
     written.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # written for their owner alone
+        path.chmod((folder / "config.json").stat().st_mode)
     if config.layout == "own":
         modules = write_code(model, folder)
     else:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from models.spec import ConfigError, Part, build, flatten, plain
+from models.spec import ConfigError, Part, Raw, build, flatten, plain
 from pipelines.lib.config import InputError, assemble, command, describe, read_yaml, recipe, write_yaml
 
 
@@ -202,3 +202,27 @@ def test_flatten_gives_one_dotted_name_per_setting():
         "optim.lr": 1e-3, "optim.betas": [0.9, 0.95], "steps": 10, "mode": "a", "limit": None, "prompt": [],
         "fast": False,
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers.
+
+    rate: a number
+    separator: a text
+    """
+
+    rate: float = 1.0
+    separator: str | None = None
+
+
+@pytest.mark.parametrize("word", [".inf", "-.inf", ".nan", "1e400"])
+def test_numbers_are_finite(word):
+    with pytest.raises(ConfigError, match=r"rate=.* is no finite number"):
+        build(Numbers, {"rate": float(word.replace(".", "") if "e" not in word else word)})
+
+
+def test_white_space_that_was_typed_is_a_text():
+    assert build(Numbers, {"separator": Raw("\n\n", None)}).separator == "\n\n"
+    assert build(Numbers, {"separator": Raw("null", None)}).separator is None
+    assert build(Numbers, {"separator": Raw("", None)}).separator is None

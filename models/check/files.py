@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.check.helpers import Make, Verdict, context, tokens
 from models.families import load
@@ -68,6 +69,11 @@ def operations_are_counted(make: Make) -> Verdict:
     wrong = [name for name, value in ops.items() if not 0 <= value < float("inf")]
     if wrong:
         return False, f"negative or not finite: {', '.join(wrong)}"
+    x = torch.randn(1, spec.d_model, dtype=torch.float64)
+    for block in spec.blocks():
+        norm = nn.Module.to(block.norm.build(spec.d_model, block.bias), torch.float64)
+        if not any(block.norm.ops(spec.d_model, block.bias).counts().values()) and not torch.equal(norm(x), x):
+            return False, f"{type(block.norm).__name__} changes its input and counts no operation"
     macs = model.flops_per_token(T) / 6
     if max(ops["multiplies"], ops["additions"]) < 0.99 * macs:
         return (

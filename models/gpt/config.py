@@ -12,11 +12,11 @@ from models.parts.block import BlockSpec, Layer, at_layer
 from models.parts.depth import Depth, Last
 from models.parts.embedding import Embedding, Table
 from models.parts.mlp import MLP, Plain
-from models.parts.norm import LayerNorm, Norm
+from models.parts.norm import LayerNorm, NoNorm, Norm
 from models.parts.placement import Placement, Pre
 from models.parts.position import Learned, Position
 from models.parts.residual import Add, Residual
-from models.parts.sharing import Own, Sharing
+from models.parts.sharing import Own, Shared, Sharing
 from models.parts.softmax import PlainSoftmax, Softmax
 from models.spec import ConfigError, kind_of
 
@@ -43,7 +43,8 @@ class GPT(Family):
     position_norm: norm after positions were added; none: no norm
     depth: what the final norm reads
     final_norm: the norm before the head; none: the last layer's kind
-    head_norm: norm of the head's rows, one per token of the vocabulary; none: no norm
+    head_norm: norm of the head's rows, one per token of the vocabulary; none: no norm. Its radius sets the size of the
+        first logits: rmsnorm's is sqrt(d_model), where a plain head starts at init_std sqrt(d_model)
     logit_softcap: c of c tanh(logits / c); none: no cap
     output_softmax: what turns logits into the distribution over tokens, in training and everywhere else
     tie_embeddings: whether the head uses the embedding's matrix
@@ -96,15 +97,7 @@ class GPT(Family):
         self._check_position()
         for block in self.blocks():
             block.check()
-            if block.parallel and (self.mlp_placement is not None or self.mlp_residual is not None):
-                raise ConfigError(
-                    "parallel=true: both branches read one normed input and join in one sum, so there is no "
-                    "mlp_placement and no mlp_residual; leave them out"
-                )
-            if not block.mlp.branches and (self.mlp_placement is not None or self.mlp_residual is not None):
-                raise ConfigError(
-                    "mlp=none: there is no second branch for an mlp_placement or mlp_residual; leave them out"
-                )
+        self._check_second_branch()
         self._check_norms()
         self._check_sharing()
         if reason := self.output_softmax.refuses_output():
@@ -128,8 +121,23 @@ class GPT(Family):
                 "attention.n_heads one value, or leave shared out"
             )
 
+    def _check_second_branch(self) -> None:
+        """What stands around the MLP's own branch needs one layer that has such a branch."""
+        given = [name for name in ("mlp_placement", "mlp_residual") if getattr(self, name) is not None]
+        if not given or any(block.mlp.branches and not block.parallel for block in self.blocks()):
+            return
+        if any(block.parallel for block in self.blocks()):
+            raise ConfigError(
+                f"parallel=true: both branches read one normed input and join in one sum, so {given[0]} has nothing to "
+                "stand around; leave it out"
+            )
+        raise ConfigError(f"mlp=none: there is no second branch for {given[0]} to stand around; leave it out")
+
     def _check_norms(self) -> None:
         block = self.blocks()[-1]
+        for name in ("embedding_norm", "position_norm", "head_norm"):
+            if isinstance(getattr(self, name), NoNorm):
+                raise ConfigError(f"{name}=identity: {name}=null says the same; leave it out")
         for name in ("embedding_norm", "position_norm", "final_norm", "head_norm"):
             norm = getattr(self, name)
             if norm is not None and (reason := norm.refuses(block)):
@@ -138,8 +146,14 @@ class GPT(Family):
     def _check_sharing(self) -> None:
         blocks = self.blocks()
         for name, part in (("share_attention", "attention"), ("share_mlp", "mlp")):
+            rule = getattr(self, name)
+            if isinstance(rule, Shared) and all(rule.owner(i, self.n_layers) == i for i in range(self.n_layers)):
+                raise ConfigError(
+                    f"{name}: size={rule.size}, cycle={rule.cycle}, mirror={rule.mirror} shares nothing among "
+                    f"n_layers={self.n_layers}; say own, or another pattern"
+                )
             for i in range(self.n_layers):
-                j = getattr(self, name).owner(i, self.n_layers)
+                j = rule.owner(i, self.n_layers)
                 wanted, lent = blocks[i], blocks[j]
                 parts = (part, "position") if part == "attention" else (part,)
                 for p in parts:

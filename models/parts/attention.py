@@ -168,7 +168,7 @@ class Infinite(Heads):
     y = W sum_h y_h (merge: sum) or W (y_1, ..., y_H) (concat).   Source: ReaLLM-Forge. Its n_cproj, a sum of several
     last matrices of one vector, is left out: it equals one matrix, the sum of them.
 
-    merge: sum or concat
+    merge: sum adds the heads up before the last matrix, concat puts them side by side
     """
 
     head_dim: int | tuple[int, ...] | None = 64

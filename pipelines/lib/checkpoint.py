@@ -128,6 +128,8 @@ class Checkpoints:
                         shutil.copyfile(path, temporary / path.name)
             save_file(tensors, temporary / STATE / "optimizer.safetensors")
             (temporary / STATE / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            for path in temporary.rglob("*.safetensors"):  # written for their owner alone
+                path.chmod((temporary / "config.json").stat().st_mode)
             files = {}
             for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 with open(path, "rb") as f:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,8 +72,11 @@ def hidden_statistics(x: Tensor) -> dict[str, float]:
     x: [..., D].  effective_rank = exp(entropy of the normalised singular values) of the centred states (Roy & Vetterli
     2007): between 1 and D.  spectrum_slope: least-squares slope of log eigenvalue of the covariance over log rank,
     over the leading half; steeper (more negative) means that fewer directions carry the states.
+    Both are NaN for states that are not finite: a model that diverged is a finding and not an error.
     """
     x = x.detach().flatten(0, -2).double().cpu()
+    if not bool(x.isfinite().all()):
+        return {"val/effective_rank": math.nan, "val/spectrum_slope": math.nan}
     x = x - x.mean(0)
     values = torch.linalg.eigvalsh(x.T @ x / max(1, len(x) - 1)).flip(0).clamp_min(0)
     share = values.sqrt() / values.sqrt().sum().clamp_min(1e-300)

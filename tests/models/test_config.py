@@ -15,9 +15,12 @@ from models.gpt.config import GPT, GPTConfig
 from models.gpt.model import GPTForCausalLM
 from models.gpt.presets import PRESETS
 from models.parts.attention import Causal
-from models.parts.mlp import Plain, SwiGLU
-from models.parts.norm import LayerNorm, RMSNorm
+from models.parts.mlp import NoMLP, Plain, SwiGLU
+from models.parts.norm import LayerNorm, NoNorm, RMSNorm
+from models.parts.placement import Peri
 from models.parts.position import Learned, NoPosition, Rotary
+from models.parts.residual import Add, ReZero
+from models.parts.sharing import Shared
 from models.spec import ConfigError, build, plain
 
 
@@ -187,3 +190,22 @@ def test_the_hero_size_of_hypersphere_gpt_has_its_published_parameters(name, par
     with torch.device("meta"):
         model = GPTForCausalLM(GPTConfig.of(spec))
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"parallel": True, "mlp_placement": Peri()}, "parallel=true: .*mlp_placement has nothing to stand around"),
+        ({"mlp": NoMLP(), "mlp_residual": Add()}, "mlp=none: there is no second branch for mlp_residual"),
+        ({"share_mlp": Shared(cycle=5), "n_layers": 2}, "share_mlp: .*shares nothing among n_layers=2"),
+        ({"head_norm": NoNorm()}, "head_norm=identity: head_norm=null says the same"),
+    ],
+)
+def test_an_option_that_can_have_no_effect_is_refused(options, words):
+    refused(words, **options)
+
+
+def test_layers_with_and_without_a_second_branch_stand_in_one_model():
+    mixed = GPT(n_layers=2, mlp=(NoMLP(), Plain()), mlp_residual=(Add(), ReZero()))
+    assert [b.n_norms() for b in mixed.blocks()] == [1, 2]
+    assert [b.n_norms() for b in GPT(n_layers=2, parallel=(True, False), mlp_placement=Peri()).blocks()] == [1, 3]

@@ -13,7 +13,7 @@ from torch import nn
 
 from models.catalogue.collect import places
 from models.check import CHECKS, QUICK, conformance, stirred, variants
-from models.cost import product
+from models.cost import Ops, product
 from models.families import create, preset
 from models.gpt.config import GPT
 from models.gpt.model import GPTForCausalLM
@@ -317,6 +317,12 @@ def test_suite_notices_operations_that_nobody_counts(monkeypatch):
     monkeypatch.setattr(Dense, "ops", lambda self, d_in, d_out, bias: 0.3 * product(d_in, d_out))
     (result,) = conformance(maker(BASE), only="operations")
     assert not result.ok and "MAC" in result.detail
+
+
+def test_suite_notices_a_norm_that_counts_nothing(monkeypatch):
+    monkeypatch.setattr(type(BASE.norm), "ops", lambda self, d, bias: Ops())
+    (result,) = conformance(maker(BASE), only="operations")
+    assert not result.ok and "counts no operation" in result.detail
 
 
 def test_a_check_that_cannot_run_does_not_hold(monkeypatch):

@@ -22,6 +22,7 @@ from pipelines.lib.checkpoint import Checkpoints
 from pipelines.lib.config import InputError
 from pipelines.lib.jsonl import rows
 from pipelines.lib.loop import Trainer, train, validation_windows
+from pipelines.lib.measure import hidden_statistics
 from pipelines.lib.run import Run, damage, resolve
 from pipelines.lib.runlog import Log
 from pipelines.lib.training import TrainConfig
@@ -489,3 +490,9 @@ def test_samples_of_each_validation_are_kept_and_the_newest_can_be_looked_at(tmp
     assert (run / "samples.txt").read_text().count('"the "') == 2
     page = (run / "samples.html").read_text()
     assert "step 6: 1 continuation" in page
+
+
+def test_a_model_that_diverged_has_no_rank_and_no_error():
+    """Validation went down in an eigenvalue solver, before the policy for non-finite steps had its say."""
+    found = hidden_statistics(torch.full((2, 3, 4), math.nan))
+    assert set(found) == {"val/effective_rank", "val/spectrum_slope"} and all(math.isnan(v) for v in found.values())

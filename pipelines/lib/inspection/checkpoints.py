@@ -156,13 +156,16 @@ def _state_of_nanogpt(path: Path, row: Row) -> None:
 
 
 def _weights(path: Path, row: Row) -> None:
-    """Figures over all weights."""
-    from pipelines.lib.inspection.weights import moments, pickled_tensors, tensors
+    """Figures over all weights; a buffer that is saved beside them (a fixed radius) is none."""
+    from pipelines.lib.inspection.weights import buffer_names, moments, pickled_tensors, tensors
 
     square, kurtoses = 0.0, []
     n = bad = 0
     largest = 0.0
-    for _, x in pickled_tensors(path) if path.is_file() else tensors(path):
+    buffers = buffer_names(path)
+    for name, x in pickled_tensors(path) if path.is_file() else tensors(path):
+        if name in buffers:
+            continue
         m = moments(x)
         n, bad = n + m.n, bad + m.bad
         if m.n > m.bad:
@@ -176,14 +179,14 @@ def _weights(path: Path, row: Row) -> None:
 
 def _header(path: Path, row: Row) -> None:
     """How many parameters, from the text that safetensors files begin with."""
-    from pipelines.lib.inspection.weights import safe_header, weight_files
+    from pipelines.lib.inspection.weights import buffer_names, safe_header, weight_files
 
     if path.is_file():
         raise InputError("fast=true does not open pickles")
     files = weight_files(path)
     if files[0].suffix == ".safetensors":
-        shapes = [e["shape"] for f in files for e in safe_header(f).values() if e["dtype"].startswith(("F", "BF"))]
-        row.parameters = sum(math.prod(shape) for shape in shapes)
+        found = {name: e for f in files for name, e in safe_header(f).items() if name not in buffer_names(path)}
+        row.parameters = sum(math.prod(e["shape"]) for e in found.values() if e["dtype"].startswith(("F", "BF")))
 
 
 def in_order(found: Sequence[Row], sort: str, reverse: bool = False) -> list[Row]:

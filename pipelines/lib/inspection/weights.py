@@ -5,6 +5,7 @@ Everything is computed in float64. Tensors come one by one from a checkpoint's f
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -223,6 +224,27 @@ def weight_files(folder: Path) -> list[Path]:
         if files := sorted(folder.glob(pattern)):
             return files
     raise InputError(f"{folder}: no weights here (*.safetensors or pytorch_model*.bin)")
+
+
+def buffer_names(folder: Path) -> frozenset[str]:
+    """Names of what a model of ours saves beside its parameters (a fixed radius); empty for other models."""
+    try:
+        return _buffers((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):  # no config, or one that cannot be: its row says so elsewhere
+        return frozenset()
+
+
+@functools.lru_cache(maxsize=256)
+def _buffers(text: str) -> frozenset[str]:
+    from models.families import classes
+
+    tree = json.loads(text)
+    for config_class, model_class in classes().values():
+        if config_class.model_type == tree.get("model_type"):
+            with torch.device("meta"):
+                model: Any = model_class(config_class.from_dict(tree))
+            return frozenset(name for name, _ in model.named_buffers())
+    return frozenset()
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -368,7 +368,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "begins with other weights; give fixed.init_from=": {"init_from": "scratch", "import_*": None},
     "a search compares runs of equal length, not of equal time": {"max_seconds": None},
     "the loss is one for the whole run here": {"loss_schedule": None, "rank_scale*": ANY},
-    "several streams of tokens (tier D)": {
+    "several streams of tokens: a model here reads one": {
         "training_mode": "single",
         "multicontext": False,
         "multicontext_datasets": None,

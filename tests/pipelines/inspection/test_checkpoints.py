@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.families import create, preset
 from pipelines.compare import main
 from pipelines.lib.inspection import checkpoints, weights
 from pipelines.lib.inspection.checkpoints import Row, collect, in_order
@@ -152,3 +154,15 @@ def test_bad_input_is_one_line(folder, capsys, words, says):
 
 def test_a_folder_without_checkpoints_is_named(tmp_path, capsys):
     assert main(["checkpoints", str(tmp_path)]) == 2 and "no checkpoint below it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_fixed_radius_is_no_weight(tmp_path, fast):
+    """It is saved beside them, and is larger than any of them."""
+    spec = dataclasses.replace(preset("hypersphere_tiny"), vocab_size=31, d_model=16, n_layers=1, seq_len=32)
+    model = create(spec)
+    model.save_pretrained(tmp_path / "hf")
+    (row,) = collect(tmp_path, fast=fast)
+    assert row.parameters == spec.n_parameters()
+    if not fast:
+        assert row.largest == pytest.approx(max(p.abs().max().item() for p in model.parameters()))
