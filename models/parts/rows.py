@@ -60,8 +60,8 @@ class Softmax(Part):
         for name in self.cancels:
             if getattr(self, name) != getattr(usual, name):
                 return (
-                    f"{name}={getattr(self, name)} has no effect where the weights of a row are normalised to "
-                    f"probabilities; leave it at {getattr(usual, name)}"
+                    f"{name}={getattr(self, name)} has no effect in the output, where a row's weights are normalised "
+                    f"to probabilities; leave it at {getattr(usual, name)}"
                 )
         return None
 

@@ -22,7 +22,7 @@ from models.parts.embedding import Factored, Table
 from models.parts.gate import Gate
 from models.parts.linear import Linear
 from models.parts.mlp import MLP
-from models.parts.norm import Hypersphere, Norm
+from models.parts.norm import Hypersphere, NoNorm, Norm
 from models.parts.placement import Placement
 from models.parts.position import FIRE, Mixed, NoPosition, Position
 from models.parts.qk_norm import QKNorm
@@ -67,6 +67,7 @@ def choices(whole: bool) -> dict[str, list[Any]]:
         activations, softmaxes = unlike(activations, _activation), unlike(softmaxes, _softmax)
     outputs = [s for s in softmaxes if s.refuses_output() is None]
     outer = [None, *(unlike(kinds(Norm), lambda n: type(n.build(16, False))) if not whole else kinds(Norm))]
+    inner = [norm for norm in outer if not isinstance(norm, NoNorm)]  # there, none is the word for it
     fixed = Hypersphere(learned_radius=True, gain=False)
     return {
         "attention": [*kinds(Attention), Causal(n_heads=4, n_kv_heads=3, window=5), Infinite(4, 2, 6, merge="concat")],
@@ -87,10 +88,10 @@ def choices(whole: bool) -> dict[str, list[Any]]:
         "mlp_residual": [None, *kinds(Residual)],
         "parallel": [False, True],
         "embedding": [Table(), Table(scale="learned"), Factored(rank=5), Factored(rank=5, tied=False, scale="sqrt")],
-        "embedding_norm": outer,
-        "position_norm": outer,
+        "embedding_norm": inner,
+        "position_norm": inner,
         "final_norm": outer,
-        "head_norm": outer,
+        "head_norm": inner,
         "depth": kinds(Depth),
         "output_softmax": outputs,
         "logit_softcap": [None, 5.0],
@@ -144,7 +145,7 @@ def refused_pairs(whole: bool) -> dict[tuple[str, int, str, int], str]:
 
 def refused(row: dict[str, Any]) -> str | None:
     try:
-        spec_of({"n_layers": 1, **row})
+        spec_of(row)
     except ConfigError as error:
         return str(error)
     return None
@@ -171,7 +172,9 @@ def cover(whole: bool = False) -> tuple[Row, ...]:
                 row |= {a: i, b: j}
         kept.append(mended(dict.fromkeys(table, 0) | row, never))
         here = set(pairs_of(kept[-1]))
-        left = [pair for pair in left if pair not in here]
+        rest = [pair for pair in left if pair not in here]
+        assert len(rest) < len(left), f"a choice that is refused alone stands in the table: {left[0]}"
+        left = rest
     return tuple(kept)
 
 
