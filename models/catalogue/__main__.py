@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from models.command import Parser
 from models.spec import ConfigError
 
 if TYPE_CHECKING:
@@ -27,14 +28,6 @@ SIZES = {  # flag -> what it means; Setting has the defaults
     "context": "tokens that a query looks back on",
     "vocab": "tokens in the vocabulary",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def main(argv: list[str] | None = None) -> int:

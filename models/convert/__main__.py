@@ -14,8 +14,8 @@ import contextlib
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from models.command import Parser
 from models.spec import ConfigError, near
 
 
@@ -71,14 +71,6 @@ def run(source: Path, target: Path, layout: str | None, tokens: Path | None) -> 
                 shutil.copy2(source / name, target / name)
     kind = layout or "novella"
     return f"{target}: {kind} layout, {model.spec.n_parameters():,} parameters (layouts: {', '.join(LAYOUTS)})"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -100,11 +100,13 @@ class GPT(Family):
         self._check_second_branch()
         self._check_norms()
         self._check_sharing()
-        if reason := self.output_softmax.refuses_output():
-            raise ConfigError(f"output_softmax={kind_of(self.output_softmax)}: {reason}")
-        self.embedding.width(self.d_model)
-        self.depth.n_parameters(self.n_layers, self.d_model)
-        self.depth.ops(self.n_layers, self.d_model)
+        for name, reason in (
+            ("output_softmax", self.output_softmax.refuses_output()),
+            ("embedding", self.embedding.refuses(self.d_model)),
+            ("depth", self.depth.refuses(self.n_layers)),
+        ):
+            if reason:
+                raise ConfigError(f"{name}={kind_of(getattr(self, name))}: {reason}")
 
     def _check_position(self) -> None:
         """What belongs to the whole model stands in no list, and a bias that all layers share fits all of them."""

@@ -36,7 +36,8 @@ class GPTForCausalLM(LM):
         sources = [x]
         for k, block in enumerate(self.blocks):  # x: [B, T, D]
             x, shared = self.apply_block(block, x, at, mem[k] if mem is not None else None, shared)  # type: ignore[arg-type]
-            sources.append(x)
-        if trace is not None:
-            trace.extend(sources[1:])
+            if self.depth is not None:  # else nothing holds on to the states of all layers, which are large
+                sources.append(x)
+            if trace is not None:
+                trace.append(x)
         return x if self.depth is None else self.depth(sources)

@@ -28,6 +28,9 @@ class Depth(Part):
     def ops(self, n_layers: int, d: int) -> Ops:
         raise NotImplementedError
 
+    def refuses(self, n_layers: int) -> str | None:
+        return None
+
 
 @dataclass(frozen=True)
 class Last(Depth):
@@ -78,18 +81,17 @@ class Routed(Depth):
             )
 
     def build(self, n_layers: int, d: int) -> nn.Module:
-        return Router(n_layers + 1, d, self.k(n_layers))
+        return Router(n_layers + 1, d, self.top_k)
 
-    def k(self, n_layers: int) -> int:
-        if self.top_k > n_layers + 1:
-            raise ConfigError(f"top_k={self.top_k} exceeds the {n_layers + 1} sources (embedding and layers)")
-        return self.top_k
+    def refuses(self, n_layers: int) -> str | None:
+        S = n_layers + 1
+        return f"top_k={self.top_k} exceeds the {S} sources (embedding and layers)" if self.top_k > S else None
 
     def n_parameters(self, n_layers: int, d: int) -> int:
         return (n_layers + 1) * d
 
     def ops(self, n_layers: int, d: int) -> Ops:
-        S, k = n_layers + 1, self.k(n_layers)
+        S, k = n_layers + 1, self.top_k
         return Ops(
             multiplies=S * d + k * d, additions=S * d + k * d + S * k, exponentials=k, divisions=k, reductions=1 + k
         )

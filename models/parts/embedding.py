@@ -35,6 +35,9 @@ class Embedding(Part):
         """Besides table and head."""
         return 0
 
+    def refuses(self, d: int) -> str | None:
+        return None
+
     def ops(self, d: int) -> Ops:
         """Besides the head: the look-up, and both changes of width."""
         return Ops(table_bytes=self.width(d) * WIDTH / 8)
@@ -88,11 +91,12 @@ class Factored(Embedding):
         return cls(rank=8)
 
     def width(self, d: int) -> int:
-        if self.rank >= d:
-            raise ConfigError(
-                f"embedding.rank={self.rank} is not below d_model={d}, so factoring only adds; use a table"
-            )
         return self.rank
+
+    def refuses(self, d: int) -> str | None:
+        if self.rank >= d:
+            return f"rank={self.rank} is not below d_model={d}, so factoring only adds; use a table"
+        return None
 
     def widen(self, d: int) -> nn.Module:
         scale = None if self.scale == "none" else Scale(_scale(self.scale, d), self.scale == "learned")

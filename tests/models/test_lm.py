@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from models.gpt.config import GPT
 from models.lm import last_real
 from models.memory import At
 from models.parts.attention import Causal
+from models.parts.depth import Routed
 from models.parts.mlp import Plain, SwiGLU
 from models.parts.norm import RMSNorm
 from models.parts.position import Rotary
@@ -368,3 +370,25 @@ def test_distributed_data_parallel_finds_every_gradient(tmp_path):
             ddp(ids_of(), labels=ids_of()).loss.backward()
     finally:
         dist.destroy_process_group()
+
+
+@torch.no_grad()
+def test_the_states_of_earlier_layers_are_let_go_unless_something_asked_for_them():
+    """A prompt's states of all layers together are what a small machine has no room for."""
+    model = create(dataclasses.replace(SPEC, n_layers=4)).eval()
+    states: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def watch(module, inputs, output):
+        alive.append(sum(ref() is not None for ref in states))
+        states.append(weakref.ref(output[0]))
+
+    for block in model.blocks:
+        block.register_forward_hook(watch)
+    model(torch.arange(8)[None])
+    assert alive[-1] <= 2, alive  # its own input, at most, and what is being made of it
+
+
+def test_a_mixture_of_more_sources_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match=r"depth=routed: top_k=9 exceeds the 3 sources"):
+        dataclasses.replace(SPEC, n_layers=2, depth=Routed(top_k=9))

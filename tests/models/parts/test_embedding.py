@@ -59,7 +59,7 @@ def test_resizing_the_vocabulary_keeps_a_factored_model_whole():
 @pytest.mark.parametrize(
     "embedding, words",
     [
-        (lambda: Factored(rank=16), "embedding.rank=16 is not below d_model=16"),
+        (lambda: Factored(rank=16), "embedding=factored: rank=16 is not below d_model=16"),
         (lambda: Factored(rank=0), "rank=0 must be at least 1"),
         (lambda: Table(scale=-1.0), "scale=-1.0 must be a number above 0"),
     ],
