@@ -22,7 +22,8 @@ class Ops:
     reductions: sums or maxima over a whole row, which nothing after them can start before
     table_bytes: bytes of tables that are looked up (embeddings, positions, learned curves), at their stored width
     weight_bits: bits of the weights that are multiplied
-    bit_operations: products of the bit widths of both factors, summed over all multiply-accumulates (BOPs)
+    bit_operations: products of the bit widths of both factors, summed over multiply-accumulates with weights (BOPs);
+        those of scores with values have no width that a part could choose
     """
 
     multiplies: float = 0.0

@@ -76,7 +76,7 @@ class LM(PreTrainedModel, GenerationMixin):
 
     def residual_branches(self) -> int:
         """Branches added to the residual stream, from which the `residual` role's initialisation follows."""
-        return 2 * len(self.applications())
+        return sum(1 + block.has_mlp for block in self.applications())
 
     # ---- inside: right-padded tokens that say where they stand
 
@@ -139,7 +139,7 @@ class LM(PreTrainedModel, GenerationMixin):
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, V]."""
-        return self.link(F.linear(x, self.head_weight()))
+        return self.link(F.linear(x, self.head_weight(), self.head.bias))
 
     def run(self, ids: Tensor, at: At, mem: Slots, last: bool = False) -> Tensor:
         """All that the engine knows: right-padded ids [B, T] at explicit rows -> logits [B, T, V].

@@ -95,3 +95,13 @@ def test_a_block_without_an_mlp_is_its_mixer_alone():
     for options in ({"parallel": True}, {"mlp_placement": Placement.kinds["pre"]()}, {"mlp_residual": Scaled()}):
         with pytest.raises(ConfigError, match="mlp=none"):
             dataclasses.replace(BASE, mlp=NoMLP(), **options)
+
+
+def test_the_last_matrix_of_a_branch_starts_by_how_many_branches_there_are():
+    deep = dataclasses.replace(BASE, n_layers=8, d_model=64)
+    for mlp, branches in ((BASE.mlp, 16), (NoMLP(), 8)):
+        torch.manual_seed(0)
+        model = create(dataclasses.replace(deep, mlp=mlp))
+        assert model.residual_branches() == branches
+        measured = torch.cat([block.mixer.out.weight.flatten() for block in model.blocks]).std().item()
+        assert measured == pytest.approx(deep.init_std / branches**0.5, rel=0.05)
