@@ -165,6 +165,15 @@ def test_a_value_as_a_word_comes_back_from_the_command_line(value):
     assert (back.value if hasattr(back, "value") and not isinstance(value, str) else back) == value
 
 
+@pytest.mark.parametrize("word", ['"\\n\\n"', "\n\n"])
+def test_a_line_break_can_be_typed_for_an_option_of_a_part(word):
+    from pipelines.tokenize import TokenizeConfig
+
+    assert assemble(["source=README.md", f"source.separator={word}"], TokenizeConfig).source.separator == "\n\n"
+    assert assemble(["source=README.md", "source.separator=---"], TokenizeConfig).source.separator == "---"
+    assert assemble(["source=README.md", "source.separator=null"], TokenizeConfig).source.separator is None
+
+
 def test_bad_input_is_one_line_and_exit_code_2(capsys):
     assert command(Config, lambda c: None, ["stepps=3"]) == 2
     assert capsys.readouterr().err == "error: stepps: Config has no field 'stepps'; did you mean 'steps'?\n"

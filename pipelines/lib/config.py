@@ -129,11 +129,19 @@ def recipe(name: str | Path, folder: Path = RECIPES, seen: tuple[Path, ...] = ()
 
 
 def scalar(text: str) -> Any:
-    """A value as typed on the command line: YAML, with the text kept for fields that are text."""
+    """A value as typed on the command line: YAML, with the text kept for fields that are text.
+
+    Quoted text with a backslash is what YAML makes of it (`source.separator="\\n\\n"`). Only `null`, `~` and nothing are
+    null: a line break or `---`, which YAML reads as no value, are the text they are.
+    """
     try:
         value = yaml.load(text, Yaml)
     except yaml.YAMLError:
         return text  # `--prompt "Once: upon"` is text, not YAML
+    if value is None and text.lower() not in ("", "~", "null"):
+        return text
+    if isinstance(value, str) and text[:1] == text[-1:] == '"' and "\\" in text:
+        return value
     return Raw(text, value) if not isinstance(value, (dict, list, str)) else (text if isinstance(value, str) else value)
 
 

@@ -342,7 +342,7 @@ class Files(Source):
         elif piece.form == "parquet":
             documents = _read_parquet(piece, self.text_column, counts)
         elif self.separator is not None:
-            documents = read_separated(piece, self.separator, counts)
+            documents = read_separated(piece, self.separator, counts, self.newlines)
         else:
             documents = read_text(piece, counts)
         yield from cleaned(documents, counts, self.newlines)
@@ -656,9 +656,14 @@ def _last_seam(block: bytes, counts: Counter[str]) -> int:
     return end - 1 if end > 0 and block[end - 1] >= 0xC0 else len(block)
 
 
-def read_separated(piece: Slice, separator: str, counts: Counter[str]) -> Iterator[Document]:
-    """A text file as documents parted by a literal string; a range has the documents that begin in it."""
-    mark = separator.encode()
+def read_separated(piece: Slice, separator: str, counts: Counter[str], newlines: str = "lf") -> Iterator[Document]:
+    """A text file as documents parted by a literal string; a range has the documents that begin in it.
+
+    newlines: lf lets each line break of the separator be CR LF in the file, since the documents lose their CR as well.
+    """
+    literal = re.escape(separator.encode())
+    mark = re.compile(literal.replace(b"\\\n", b"\r?\n") if newlines == "lf" else literal)
+    longest = len(separator.encode()) + (separator.count("\n") if newlines == "lf" else 0)
     stop = piece.end if piece.end else sys.maxsize
     with _opened(piece.path) as file:
         head = file.read(HEAD)
@@ -667,29 +672,31 @@ def read_separated(piece: Slice, separator: str, counts: Counter[str]) -> Iterat
             return
         encoding = encoding_of(head)
         if encoding == "utf-16":
-            for i, text in enumerate((head + file.read()).decode("utf-16", "replace").split(separator)):
+            whole = (head + file.read()).decode("utf-16", "replace")
+            whole = whole.replace("\r\n", "\n") if newlines == "lf" else whole
+            for i, text in enumerate(whole.split(separator)):
                 yield Document(f"{piece.name}:{i}", text)
             counts["utf16_files"] += 1
             return
         counts["latin1_files"] += encoding == "cp1252" and piece.begin == 0
-        at = max(0, piece.begin - len(mark))  # a separator that ends in the range may begin before it
+        at = max(0, piece.begin - longest)  # a separator that ends in the range may begin before it
         file.seek(at)
         buffer, scanned, inside = b"", 0, piece.begin == 0
         while True:
             data = file.read(PIECE)
             buffer += data
-            while (found := buffer.find(mark, scanned)) >= 0:
+            while found := mark.search(buffer, scanned):
                 if inside:
-                    yield Document(f"{piece.name}:{at}", decode(buffer[:found], encoding, counts))
-                at += found + len(mark)
-                buffer, scanned, inside = buffer[found + len(mark) :], 0, True
+                    yield Document(f"{piece.name}:{at}", decode(buffer[: found.start()], encoding, counts))
+                at += found.end()
+                buffer, scanned, inside = buffer[found.end() :], 0, at >= piece.begin
                 if at >= stop:
                     return
             if not data:
                 if inside and buffer:
                     yield Document(f"{piece.name}:{at}", decode(buffer, encoding, counts))
                 return
-            scanned = max(0, len(buffer) - len(mark) + 1)
+            scanned = max(0, len(buffer) - longest + 1)
             if not inside:  # nothing before the first separator is ours
                 at += scanned
                 buffer, scanned = buffer[scanned:], 0

@@ -134,6 +134,16 @@ def test_a_line_of_fifty_megabytes_is_one_document_in_pieces(tmp_path):
     assert counts["cut_runs"] >= 1
 
 
+@pytest.mark.parametrize("slice_bytes", [64, 1 << 20])
+@pytest.mark.parametrize("mark", ["\n#\n", "\n\n\n"])
+def test_a_line_break_of_a_separator_may_be_cr_lf_in_the_file(tmp_path, monkeypatch, mark, slice_bytes):
+    monkeypatch.setattr("pipelines.lib.corpus.PIECE", 16)
+    text = mark.join(f"chapter {i}\nof {i} lines" for i in range(40))
+    (tmp_path / "a.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    documents, _ = read(Files(str(tmp_path / "a.txt"), separator=mark), slice_bytes)
+    assert documents == text.split(mark)
+
+
 @pytest.mark.parametrize("mark", ["<|endoftext|>", "\n\n", "\n", "aba"])
 @pytest.mark.parametrize("slice_bytes", [7, 100, 10**6])
 def test_a_separator_parts_a_file_as_str_split_does(tmp_path, monkeypatch, mark, slice_bytes):
