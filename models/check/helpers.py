@@ -30,12 +30,12 @@ def exact(make: Make) -> LM:
     return nn.Module.to(make(), torch.float64).eval()
 
 
-def stirred(make: Make, scale: float = 0.3) -> Make:
+def stirred(make: Make, scale: float = 0.3, seed: int = 1) -> Make:
     """Models whose parameters are moved away from initialisation, so that every part has a say in the logits."""
 
     def make_stirred() -> LM:
         model = make()
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)

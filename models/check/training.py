@@ -6,20 +6,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.check.helpers import Make, Verdict, compare, context, exact, gradients, tokens
+from models.check.helpers import Make, Verdict, compare, context, exact, gradients, stirred, tokens
 from models.memory import At
 from models.roles import role_of
 
 
-def every_parameter_learns(make: Make) -> Verdict:
-    """Every parameter gets a gradient that is not zero (DDP waits for all of them) and has a role."""
+def every_parameter_learns(make: Make, others: int = 3) -> Verdict:
+    """Every parameter has a role and a gradient (DDP waits for all of them), and not zero whatever the weights are.
+
+    Few ReLUs can all be off by chance: the 4 of a shared FIRE were, in 3 of 57 models of the whole cover at one seed.
+    So what got zeros is looked at again with up to `others` sets of weights.
+    """
     model = exact(make).train()
-    found = gradients(model, tokens(model, 2, context(model, 12)))
     for module in model.modules():
         for name, _ in module.named_parameters(recurse=False):
             role_of(module, name)
-    silent = [n for n, p in model.named_parameters() if p.requires_grad and (n not in found or not found[n].any())]
-    return not silent, f"without gradient: {', '.join(silent)}" if silent else f"{len(found)} parameters"
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    found = gradients(model, tokens(model, 2, context(model, 12)))
+    missing = [name for name in names if name not in found]
+    silent = [name for name in names if name in found and not found[name].any()]
+    for seed in range(2, 2 + others):
+        if missing or not silent:
+            break
+        model = exact(stirred(make, seed=seed)).train()
+        found = gradients(model, tokens(model, 2, context(model, 12)))
+        silent = [name for name in silent if not found[name].any()]
+    dead = [*missing, *silent]
+    return not dead, f"without gradient: {', '.join(dead)}" if dead else f"{len(names)} parameters"
 
 
 def learns_by_heart(make: Make, steps: int = 60) -> Verdict:

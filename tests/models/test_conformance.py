@@ -13,6 +13,7 @@ from torch import nn
 
 from models.catalogue.collect import places
 from models.check import CHECKS, QUICK, conformance, stirred, variants
+from models.check.training import every_parameter_learns
 from models.cost import Ops, product
 from models.families import create, preset
 from models.gpt.config import GPT
@@ -22,7 +23,7 @@ from models.memory import At, Slots
 from models.parts import scores
 from models.parts.attention import Causal, CausalAttention
 from models.parts.linear import Dense
-from models.parts.position import Rotary, Rotation
+from models.parts.position import FIRE, Rotary, Rotation
 from models.spec import Part, fields
 from tests.models.cover import chosen, cover, label, pairs_of, possible_pairs, refused_pairs, spec_of
 
@@ -283,6 +284,29 @@ def test_other_weights_do_not_excuse_a_broken_model(monkeypatch):
     monkeypatch.setattr(scores, "attend", lambda q, k, v, *more: v.mean(2, keepdim=True).expand_as(q))
     spec = dataclasses.replace(BASE, attention=Causal(n_heads=4))
     assert {"no_look_ahead", "cached_equals_full"} <= set(broken_by_every_seed(spec, seeds=2))
+
+
+def test_a_parameter_that_is_silent_by_chance_is_not_called_dead_and_one_that_always_is_still_is():
+    spec = dataclasses.replace(BASE, position=FIRE(shared=True, width=4))
+
+    def off():
+        model = maker(spec)()
+        with torch.no_grad():  # no unit is on, wherever a key stands
+            model.score_bias.layers[0].weight.fill_(-0.3)
+            model.score_bias.layers[0].bias.fill_(-0.1)
+        return model
+
+    assert "score_bias.layers.0.weight" in every_parameter_learns(off, others=0)[1]
+    ok, said = every_parameter_learns(off)
+    assert ok, said
+
+    def silenced():
+        model = maker(BASE)()
+        model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out * 0.0)
+        return model
+
+    ok, said = every_parameter_learns(silenced)
+    assert not ok and "blocks.0.mlp" in said and "blocks.1" not in said
 
 
 def test_suite_notices_an_undeclared_tie():
