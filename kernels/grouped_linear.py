@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.op import Op
+
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
     """Row by row, in the dtype that is given."""
@@ -75,3 +77,26 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None 
     Empty groups are allowed; their gradients are zero.
     """
     return _grouped(x, weight, ends, bias)
+
+
+def _inputs(shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """shape: rows, groups, in, out; the second group is empty."""
+    n, groups, d, m = shape
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    ends = torch.randint(n + 1, (groups,), generator=generator).sort().values
+    ends[1:2], ends[-1] = ends[0], n
+    return {"x": draw(n, d), "weight": draw(groups, m, d), "ends": ends, "bias": draw(groups, m)}
+
+
+OP = Op(
+    "grouped_linear",
+    grouped_linear,
+    grouped_linear_reference,
+    _inputs,
+    shapes=((1, 1, 1, 1), (7, 3, 5, 9), (33, 4, 16, 8)),
+    empty=(0, 2, 3, 4),
+    paths=("auto",),
+)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.op import Op
+
 # Steps per chunk. In one chunk time is a loop, over all chunks at once; chunks are then joined by the same function.
 CHUNK = 16
 # Numbers per step from which a CPU is faster without chunks, which read and write everything twice. Forward and
@@ -104,5 +106,29 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     start = torch.zeros_like(b[:, 0]) if h0 is None else h0.to(wide)
     if b.shape[1] == 1:  # decoding
         return torch.addcmul(b, a, start[:, None])
+    if not b.numel():
+        return b + start[:, None]
     B, T = b.shape[:2]
     return _scan(a.reshape(B, T, -1), b.reshape(B, T, -1), start.reshape(B, -1)).view(b.shape)
+
+
+def _inputs(shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """shape: rows, steps, numbers per step. Some steps forget everything, some stand still."""
+    a = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+    a[:, :: max(2, shape[1] // 3)] = 0.0
+    a[:, 1::7] = 1.0
+    b = torch.randn(shape, generator=generator, dtype=torch.float64)
+    h0 = torch.randn(shape[0], *shape[2:], generator=generator, dtype=torch.float64)
+    return {"a": a.requires_grad_(), "b": b.requires_grad_(), "h0": h0.requires_grad_()}
+
+
+OP = Op(
+    "linear_scan",
+    linear_scan,
+    linear_scan_reference,
+    _inputs,
+    shapes=((1, 1, 1), (2, 45, 3), (3, 130, 5)),
+    empty=(0, 5, 3),
+    paths=("auto",),
+    dtypes=(torch.float32, torch.bfloat16),
+)
