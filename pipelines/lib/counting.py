@@ -85,11 +85,18 @@ class Live(TorchDispatchMode):
 
 
 def count(config: TrainConfig) -> Counted:
-    """Count one micro-batch and one update of a run, with the tensors that PyTorch's CPU kernels keep."""
-    return _count(
-        config.model, config.optim, config.micro_batch, config.context, config.precision, config.z_loss,
-        config.loss, config.mask_documents, config.activation_checkpointing,
-    )  # fmt: skip
+    """Count one micro-batch and one update of a run, with the tensors that PyTorch's CPU kernels keep.
+
+    Where one objective follows another: those of the one that takes most.
+    """
+    each = [
+        _count(
+            config.model, config.optim, config.micro_batch, config.context, config.precision, config.z_loss,
+            rule, config.mask_documents, config.activation_checkpointing,
+        )
+        for rule in dict.fromkeys(config.loss.rules())
+    ]  # fmt: skip
+    return max(each, key=lambda counted: counted.activations)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -112,7 +119,7 @@ def _count(
             if again:
                 model.gradient_checkpointing_enable()
             weights = live.mark()
-            loss = Loss(model, z_loss, objective)
+            loss = Loss(model, z_loss, objective, torch.ones(family.vocab, dtype=torch.int64))
             batch = {name: torch.zeros(rows, T, dtype=torch.int64) for name in ("ids", "targets")}
             if masked:
                 batch |= {name: torch.zeros(rows, T, dtype=torch.int64) for name in ("pos", "doc")}

@@ -205,15 +205,15 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.loss: torch.nn.Module = Loss(self.model, config.z_loss, config.loss)
+        table = self.folders[0].token_bytes()
+        self.token_bytes = None if table is None else torch.from_numpy(np.asarray(table, np.int64))
+        self.loss: torch.nn.Module = Loss(self.model, config.z_loss, config.loss, self.token_bytes)
         if config.compile:
             self.loss = cast(torch.nn.Module, torch.compile(self.loss, dynamic=False))
         self.step_loss = world.wrap(self.loss)
         self.state = State(plan=self.batches.order.hash, data=[folder.fingerprint for folder in self.folders])
         self.checkpoints = Checkpoints(run, config.keep_last, config.keep_every, self.folders[0].tokenizer_dir, log)
         self.flops_per_token = self.model.flops_per_token(config.context)
-        table = self.folders[0].token_bytes()
-        self.token_bytes = None if table is None else torch.from_numpy(np.asarray(table, np.int64))
         self.vals = [folder.split("val") for folder in self.folders]
         self.val_starts = [validation_windows(val, config.context, config.eval_tokens) for val in self.vals]
 
@@ -260,18 +260,19 @@ class Trainer:
         targets = sum(int((b["targets"] != IGNORE).sum()) for b in batches)
         scale = world.size / config.batch_tokens  # DDP averages over the workers; the exact count is applied below
         loss_sum = torch.zeros(2, dtype=torch.float64)
+        stage = config.loss.stage(step)
         for i, (m, batch) in enumerate(zip(mine, batches, strict=True)):
             torch.manual_seed(key(config.seed, DROPOUT, step, m))
             more = i < len(batches) - 1
             quiet = world.size > 1 and more
             with cast(Any, self.step_loss).no_sync() if quiet else contextlib.nullcontext():
                 with self.autocast():
-                    loss, nll = self.step_loss(**self.to_device(batch))
+                    loss, nll = self.step_loss(**self.to_device(batch), stage=stage)
                 (loss * scale).backward()
             loss_sum += torch.stack([loss.detach(), nll.detach()]).to("cpu", torch.float64)
         if not batches:  # more workers than micro-batches: take part in the average with a zero
             batch = self.to_device(self.batches.micro(self.state.samples, 0))
-            (self.step_loss(**batch)[0] * 0.0).backward()
+            (self.step_loss(**batch, stage=stage)[0] * 0.0).backward()
         totals = torch.cat([loss_sum, torch.tensor([targets, crc, float(stop)], dtype=torch.float64)])
         loss_total, nll_total, count, crc_total, stops = self.world.sum(totals).tolist()
         norm, applied = self._apply(config.batch_tokens / max(1.0, count), loss_total, measure)

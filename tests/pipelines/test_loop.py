@@ -196,6 +196,59 @@ def test_more_workers_even_more_than_micro_batches_change_nothing(data, tmp_path
         assert a[s]["train/grad_norm"] == pytest.approx(b[s]["train/grad_norm"], rel=1e-5)
 
 
+SCHEDULED = {
+    "kind": "schedule",
+    "stages": [
+        {"until": 7, "loss": "smoothed"},
+        {"until": 12, "loss": {"kind": "sum", "terms": [{"loss": "rank"}, {"loss": "entropy", "weight": 0.5}]}},
+        {"loss": "cross_entropy"},
+    ],
+}
+
+
+def test_scheduled_objectives_rule_the_same_updates_after_a_resume_and_with_two_workers(data, tmp_path, monkeypatch):
+    whole = tiny_config(data, tmp_path / "whole", steps=16, loss=SCHEDULED)
+    train(job(whole))
+    parts = {**whole, "out": str(tmp_path / "parts")}
+    update = Trainer.update
+    for at in (7, 10, 12):  # at the end of a stage, and within one
+        monkeypatch.setattr(
+            Trainer, "update", lambda t, stop, measure, at=at: update(t, t.state.step + 1 == at, measure)
+        )
+        assert train(job(parts)).step == at
+    monkeypatch.undo()
+    train(job(parts))
+    a, b = metrics(whole["out"]), metrics(parts["out"])
+    assert a.keys() == b.keys() == set(range(1, 17))
+    assert [row["train/loss"] for row in a.values()] == [row["train/loss"] for row in b.values()]
+    assert same(weights(whole["out"], 16), weights(parts["out"], 16))
+    apart = [step for step in a if a[step]["train/loss"] != a[step]["train/nll"]]
+    assert apart == list(range(1, 13)), "plain cross-entropy rules from the 13th update on, and is always reported"
+    factors = [a[step]["train/loss"] / a[step]["train/nll"] for step in range(1, 13)]
+    assert max(factors[:7]) < 1.1 and min(factors[7:]) > 1.5
+    two = {**whole, "out": str(tmp_path / "two")}
+    assert workers(two, 2, tmp_path) == [0, 0]
+    assert [row["train/loss"] for row in metrics(two["out"]).values()] == pytest.approx(
+        [row["train/loss"] for row in a.values()], abs=1e-6
+    )
+
+
+def test_a_loss_per_byte_is_plain_where_tokens_are_bytes_and_refused_where_their_text_is_not_known(data, tmp_path):
+    from pipelines.tokenize import main as tokenize
+
+    with pytest.raises(ConfigError, match="the data's tokenizer does not say how many bytes"):
+        train(job(tiny_config(data, tmp_path / "refused", loss="per_byte")))
+    (tmp_path / "text.txt").write_text("the model reads a token and predicts another one\n" * 100)
+    folder = tmp_path / "tokens"
+    words = [f"source={tmp_path / 'text.txt'}", "split=tail", "tokenizer=bytes", f"out={folder}", "workers=0"]
+    assert tokenize([*words, "track=none"]) == 0
+    vocab = json.loads((folder / "manifest.json").read_text())["tokenizer"]["vocab_size"]
+    config = tiny_config(folder, tmp_path / "run", steps=2, loss="per_byte", model={"vocab_size": vocab})
+    train(job(config))
+    for row in metrics(config["out"]).values():
+        assert row["train/loss"] == pytest.approx(row["train/nll"], rel=1e-6)
+
+
 @pytest.mark.parametrize("harm", ["truncate", "empty", "flip", "no manifest", "missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(data, tmp_path, harm):
     config = tiny_config(data, tmp_path / "run", steps=20)
@@ -244,8 +297,8 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run_by_policy(data, t
 
     forward = loop.Loss.forward
 
-    def poisoned(self, ids, targets, pos=None, doc=None):
-        loss, nll = forward(self, ids, targets, pos, doc)
+    def poisoned(self, *args, **more):
+        loss, nll = forward(self, *args, **more)
         poisoned.calls += self.training
         return (loss * float("nan"), nll) if self.training and poisoned.calls in bad else (loss, nll)
 
@@ -426,7 +479,7 @@ def test_a_really_full_disk_leaves_the_old_checkpoint(data, tmp_path):
 def test_out_of_memory_names_the_setting_and_a_smaller_micro_batch(data, tmp_path, monkeypatch):
     from pipelines.lib import loop
 
-    def too_much(self, ids, targets, pos=None, doc=None):
+    def too_much(self, *args, **more):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loop.Loss, "forward", too_much)
