@@ -60,7 +60,8 @@ class Family(Part):
         """Parameters outside the blocks: table, head, their change of width and norms, positions, the output's own."""
         last, d = self.blocks()[-1], self.d_model
         width = self.embedding.width(d)
-        total = self.vocab * width * (1 if self.tie_embeddings else 2) + self.embedding.n_parameters(d)
+        total = self.embedding.rows(self.vocab) * width * (1 if self.tie_embeddings else 2)
+        total += self.embedding.n_parameters(d)
         total += sum(norm.n_parameters(d, last.bias) for norm, d in self.outer_norms())
         total += self.head_norm.n_parameters(width, last.bias) if self.head_norm is not None else 0
         total += last.position.n_parameters(d, self.seq_len) if last.position.embeds else 0
@@ -68,15 +69,19 @@ class Family(Part):
         return total + self.output_softmax.n_parameters(None)
 
     def outer_ops(self, T: int) -> Ops:
-        """Operations per token outside the blocks. The head's rows are normed once for all tokens, so not counted."""
+        """Operations per token outside the blocks. The head's rows are normed once for all tokens, so not counted.
+
+        Streams are softmaxed, and can be drawn, each on its own, so their sums over all ids are not counted either.
+        """
         last, d = self.blocks()[-1], self.d_model
-        total = self.embedding.ops(d) + product(self.embedding.width(d), self.vocab)
+        rows = self.embedding.rows(self.vocab)
+        total = self.embedding.ops(d) + product(self.embedding.width(d), rows)
         total += sum((norm.ops(d, last.bias) for norm, d in self.outer_norms()), Ops())
         total += last.position.embedding_ops(d) if last.position.embeds else Ops()
         total += last.position.bias_ops(last, T) if last.position.shared else Ops()
         if self.logit_softcap is not None:
-            total += Ops(multiplies=2 * self.vocab, exponentials=self.vocab)
-        return total + self.output_softmax.ops(self.vocab)
+            total += Ops(multiplies=2 * rows, exponentials=rows)
+        return total + self.output_softmax.ops(rows)
 
     @property
     def vocab(self) -> int:

@@ -22,6 +22,7 @@ from models.memory import At, Mem, Slots
 from models.parts.block import Block
 from models.parts.embedding import Widen
 from models.roles import decay_names, initialise, mark
+from models.spec import ConfigError, kind_of
 
 
 class LM(PreTrainedModel, GenerationMixin):
@@ -36,14 +37,13 @@ class LM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Block"]
-    _tied_weights_keys = {"head.weight": "embedding.weight"}
     spec: Family
-    embedding: nn.Embedding
+    embedding: nn.Module
     position: nn.Module | None
     widen: Any
     output_softmax: Any
     norm: nn.Module
-    head: nn.Linear
+    head: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -51,7 +51,7 @@ class LM(PreTrainedModel, GenerationMixin):
         spec, last = self.spec, self.spec.blocks()[-1]
         position = next((b.position for b in spec.blocks() if b.position.embeds), None)
         d, width = spec.d_model, spec.embedding.width(spec.d_model)
-        self.embedding = mark(nn.Embedding(spec.vocab, width), weight="embedding")
+        self.embedding = spec.embedding.table(spec.vocab, d)
         self.widen = spec.embedding.widen(d)
         self.embedding_norm = spec.embedding_norm.build(d, last.bias) if spec.embedding_norm is not None else None
         self.position = position.embedding(d, spec.seq_len) if position is not None else None
@@ -59,7 +59,9 @@ class LM(PreTrainedModel, GenerationMixin):
         self.score_bias = last.position.shared_bias(last)
         self.norm = (spec.final_norm or last.norm).build(d, last.bias)
         self.narrow = spec.embedding.narrow(d)
-        self.head = mark(nn.Linear(width, spec.vocab, bias=False), weight="head")
+        self.head = spec.embedding.head(spec.vocab, d)
+        names = [name for name, _ in self.embedding.named_parameters()]
+        self._tied_weights_keys = {f"head.{name}": f"embedding.{name}" for name in names}
         self.head_norm = spec.head_norm.build(width, last.bias) if spec.head_norm is not None else None
         self.output_softmax = None if spec.output_softmax.fused else spec.output_softmax.build(None)
         self.gradient_checkpointing = False
@@ -101,7 +103,7 @@ class LM(PreTrainedModel, GenerationMixin):
         at = at._replace(tables={} if at.tables is None else at.tables)
         assert at.tables is not None
         for block in self.applications():
-            block.mixer.prepare(at, mem is not None, self.embedding.weight.dtype)
+            block.mixer.prepare(at, mem is not None, self.stored_dtype)
         if self.score_bias is not None:
             at.tables["score_bias"] = self.score_bias(at, at.upto if mem is not None else ids.shape[1], mem is not None)
         x = self.embedding(ids)
@@ -122,24 +124,39 @@ class LM(PreTrainedModel, GenerationMixin):
             return self.narrow(x)
         return self.widen.back(x) if isinstance(self.widen, Widen) else x
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the embedding's rows, and so of the residual stream without autocast."""
+        return next(self.embedding.parameters()).dtype
+
     def head_weight(self) -> Tensor:
-        """[V, D]: the head's rows, normed where the family says so."""
-        return self.head.weight if self.head_norm is None else self.head_norm(self.head.weight)
+        """The head's rows as they are stored, [V, D] ([sum V_i, D] of streams), normed where the family says so."""
+        rows = self.head.rows if self.spec.embedding.joins else self.head.weight
+        return rows if self.head_norm is None else self.head_norm(rows)
 
     @property
     def has_link(self) -> bool:
         """Whether something stands between the head's product and the logits."""
-        return self.spec.logit_softcap is not None or self.output_softmax is not None
+        return self.spec.embedding.joins or self.spec.logit_softcap is not None or self.output_softmax is not None
 
-    def link(self, logits: Tensor) -> Tensor:
-        """Soft-cap and output softmax, elementwise over a row: softmax(link(z)) is the model's distribution."""
+    def link(self, z: Tensor) -> Tensor:
+        """Products with the head's rows -> logits [..., V]: softmax(link(z)) is the model's distribution."""
+        return self.spec.embedding.join([self.bend(part) for part in self.spec.embedding.apart(z)])
+
+    def bend(self, logits: Tensor) -> Tensor:
+        """Soft-cap and output softmax, elementwise over a row (of a stream, where there are several)."""
         if (cap := self.spec.logit_softcap) is not None:
             logits = cap * torch.tanh(logits / cap)
         return logits if self.output_softmax is None else self.output_softmax.log_weights(logits)
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, V]."""
-        return self.link(F.linear(x, self.head_weight(), self.head.bias))
+        return self.spec.embedding.join(self.parts(x))
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """[B, T, D] -> the logits of what is softmaxed apart: [B, T, V] alone, or k of [B, T, V_i] of streams."""
+        z = F.linear(x, self.head_weight(), self.head.bias)
+        return [self.bend(part) for part in self.spec.embedding.apart(z)]
 
     def run(self, ids: Tensor, at: At, mem: Slots, last: bool = False) -> Tensor:
         """All that the engine knows: right-padded ids [B, T] at explicit rows -> logits [B, T, V].
@@ -152,7 +169,7 @@ class LM(PreTrainedModel, GenerationMixin):
     def memory(self, rows: int, length: int = 64, dtype: torch.dtype | None = None) -> Slots:
         """Decoding memory of `rows` x `length` tokens, in the weights' dtype unless another is named."""
         specs = [block.mixer.memory() for block in self.applications()]
-        return Slots(specs, rows, length, dtype or self.embedding.weight.dtype, self.device)
+        return Slots(specs, rows, length, dtype or self.stored_dtype, self.device)
 
     # ---- outside: the Hugging Face protocol
 
@@ -256,7 +273,11 @@ class LM(PreTrainedModel, GenerationMixin):
         self.head = mark(cast(nn.Linear, new_embeddings), weight="head")
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers': another vocabulary size, in weights, config and spec."""
+        """As transformers': another vocabulary size, in weights, config and spec. Raises ConfigError for streams."""
+        if self.spec.embedding.joins and (args or kwargs):
+            raise ConfigError(
+                f"embedding={kind_of(self.spec.embedding)}: the streams' sizes say how many ids there are"
+            )
         embedding = super().resize_token_embeddings(*args, **kwargs)
         self.spec = self.config.spec
         return embedding
@@ -305,7 +326,7 @@ class LM(PreTrainedModel, GenerationMixin):
         """
         blocks = self.applications()
         outer = [part for part in (self.widen, self.narrow) if part is not None]
-        matrices = self.head.weight.numel() + sum(block.matrix_parameters() for block in blocks)
+        matrices = self.head_weight().numel() + sum(block.matrix_parameters() for block in blocks)
         matrices += sum(p.numel() for part in outer for p in part.parameters() if p.dim() == 2)
         if isinstance(self.widen, Widen) and self.narrow is None:
             matrices += self.widen.up.weight.numel()  # it is used on the way back, too

@@ -416,7 +416,10 @@ class Loss(nn.Module):
         link = self.model.link if self.model.has_link else None
         rule = self.rules[stage]
         plain = isinstance(rule, CrossEntropy)
-        if plain:
+        if plain and self.model.spec.embedding.joins:  # [N, V] is much more than [N, sum V_i]
+            of = self.model.spec.embedding.cross_entropy
+            loss, nll = of(x, self.model.head_weight(), target, self.z_loss, self.model.bend)
+        elif plain:
             loss, nll = linear_cross_entropy(x, self.model.head_weight(), target, self.z_loss, bias, link)
         else:
             loss, nll = self._own(rule, wide_logits(x, self.model.head_weight(), bias, link), target)

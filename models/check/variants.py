@@ -25,6 +25,7 @@ from models.parts.residual import ReZero, Scaled
 from models.parts.sharing import Shared, Sharing
 from models.parts.sink import HeadSink
 from models.parts.softmax import Entmax15
+from models.parts.streams import Streams
 from models.spec import ConfigError, Part, fields
 
 
@@ -49,7 +50,7 @@ AWAKE: dict[tuple[type, str], Any] = {(Capped, "learned_radius"): Capped(radius=
 def base() -> GPT:
     """What variants differ from in one thing."""
     return GPT(
-        vocab_size=31,
+        vocab_size=30,
         d_model=16,
         n_layers=2,
         seq_len=32,
@@ -91,7 +92,7 @@ def shrunk(spec: GPT) -> GPT:
     changes: dict[str, Any] = {"attention": attention, "mlp": _small_numbers(mlp)}
     if isinstance(mlp, (Plain, SwiGLU)):
         changes["mlp"] = dataclasses.replace(mlp, hidden=None if mlp.hidden is None else 24 * G)
-    return dataclasses.replace(spec, vocab_size=31, d_model=16 * G, n_layers=2, seq_len=32, **changes)
+    return dataclasses.replace(spec, vocab_size=30, d_model=16 * G, n_layers=2, seq_len=32, **changes)
 
 
 def _small_numbers(part: Any) -> Any:
@@ -220,6 +221,10 @@ def _numbers() -> Iterator[tuple[str, Variant]]:
     yield "mlp joined otherwise", with_("mlp_residual", mlp_residual=Scaled(gated=True))
     yield "factored, with its own way back", with_("embedding", embedding=Factored(rank=5, tied=False, scale="sqrt"))
     yield "factored, untied head", with_("embedding", embedding=Factored(rank=5), tie_embeddings=False)
+    yield (
+        "streams, untied head",
+        with_("embedding", embedding=Streams((2, 15)), tie_embeddings=False, head_norm=RMSNorm()),
+    )
     yield "shared in cycles", with_(None, n_layers=4, share_attention=Shared(cycle=2), share_mlp=Shared(size=2))
     yield "shared in a mirror", with_("share_mlp", n_layers=4, share_mlp=Shared(mirror=True))
     yield "three of five depths", with_("depth", n_layers=4, depth=Routed(top_k=3))

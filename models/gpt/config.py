@@ -102,7 +102,7 @@ class GPT(Family):
         self._check_sharing()
         for name, reason in (
             ("output_softmax", self.output_softmax.refuses_output()),
-            ("embedding", self.embedding.refuses(self.d_model)),
+            ("embedding", self.embedding.refuses(self)),
             ("depth", self.depth.refuses(self.n_layers)),
         ):
             if reason:

@@ -1,68 +1,20 @@
-"""From token ids to the residual stream and back: the table, its factorisation and scale.   V vocabulary, D width."""
+"""From token ids to the residual stream and back: kinds of embedding.   V vocabulary, D width, r a narrower one."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
-from models.cost import WIDTH, Ops, product
+from models.cost import Ops, product
+from models.parts.streams import Streams
+from models.parts.table import Embedding, Scale, Table, check_scale, scale_of
 from models.roles import mark
-from models.spec import ConfigError, Part
+from models.spec import ConfigError
 
-
-class Embedding(Part):
-    """A kind of embedding: how wide its table is, and what stands between the table and the stream."""
-
-    kinds: ClassVar[dict[str, type]]
-
-    def width(self, d: int) -> int:
-        """Width of the table and of what the head reads."""
-        return d
-
-    def widen(self, d: int) -> nn.Module | None:
-        """What makes [..., width] from the table into [..., D]; none: nothing."""
-        return None
-
-    def narrow(self, d: int) -> nn.Module | None:
-        """What makes [..., D] into [..., width] before the head, with a matrix of its own; none: nothing."""
-        return None
-
-    def n_parameters(self, d: int) -> int:
-        """Besides table and head."""
-        return 0
-
-    def refuses(self, d: int) -> str | None:
-        return None
-
-    def ops(self, d: int) -> Ops:
-        """Besides the head: the look-up, and both changes of width."""
-        return Ops(table_bytes=self.width(d) * WIDTH / 8)
-
-
-@dataclass(frozen=True)
-class Table(Embedding):
-    """x = s E[token].   Source: arXiv:1706.03762 (s = sqrt(D)); Gemma, arXiv:2403.08295.
-
-    scale: s: none is 1, `sqrt` is sqrt(D), `learned` starts at sqrt(D) and is trained, or a number
-    """
-
-    scale: Literal["none", "sqrt", "learned"] | float = "none"
-
-    def __post_init__(self) -> None:
-        _check_scale(self.scale)
-
-    def widen(self, d: int) -> nn.Module | None:
-        return None if self.scale == "none" else Scale(_scale(self.scale, d), self.scale == "learned")
-
-    def n_parameters(self, d: int) -> int:
-        return int(self.scale == "learned")
-
-    def ops(self, d: int) -> Ops:
-        return super().ops(d) + (Ops() if self.scale == "none" else Ops(multiplies=d))
+if TYPE_CHECKING:
+    from models.family import Family
 
 
 @dataclass(frozen=True)
@@ -81,7 +33,7 @@ class Factored(Embedding):
     scale: Literal["none", "sqrt", "learned"] | float = "none"
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
+        check_scale(self.scale)
         if self.rank < 1:
             raise ConfigError(f"rank={self.rank} must be at least 1")
 
@@ -93,13 +45,13 @@ class Factored(Embedding):
     def width(self, d: int) -> int:
         return self.rank
 
-    def refuses(self, d: int) -> str | None:
-        if self.rank >= d:
-            return f"rank={self.rank} is not below d_model={d}, so factoring only adds; use a table"
+    def refuses(self, spec: Family) -> str | None:
+        if self.rank >= spec.d_model:
+            return f"rank={self.rank} is not below d_model={spec.d_model}, so factoring only adds; use a table"
         return None
 
     def widen(self, d: int) -> nn.Module:
-        scale = None if self.scale == "none" else Scale(_scale(self.scale, d), self.scale == "learned")
+        scale = None if self.scale == "none" else Scale(scale_of(self.scale, d), self.scale == "learned")
         return Widen(self.width(d), d, scale)
 
     def narrow(self, d: int) -> nn.Module | None:
@@ -111,21 +63,6 @@ class Factored(Embedding):
     def ops(self, d: int) -> Ops:
         scale = Ops() if self.scale == "none" else Ops(multiplies=d)
         return super().ops(d) + 2 * product(self.width(d), d) + scale
-
-
-class Scale(nn.Module):
-    """s x."""
-
-    roles = {"scale": "scalar"}
-
-    def __init__(self, scale: float, learned: bool) -> None:
-        super().__init__()
-        self.start = scale
-        self.scale = nn.Parameter(torch.tensor(scale)) if learned else None
-        self.initial = {"scale": scale}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.start if self.scale is None else self.scale.to(x.dtype))
 
 
 class Widen(nn.Module):
@@ -144,13 +81,4 @@ class Widen(nn.Module):
         return x @ self.up.weight.to(x.dtype)
 
 
-def _scale(scale: str | float, d: int) -> float:
-    return scale if isinstance(scale, float) else math.sqrt(d)
-
-
-def _check_scale(scale: str | float) -> None:
-    if isinstance(scale, float) and not (scale > 0 and math.isfinite(scale)):
-        raise ConfigError(f"scale={scale} must be a number above 0; none, sqrt and learned are the other choices")
-
-
-Embedding.kinds = {"table": Table, "factored": Factored}
+Embedding.kinds = {"table": Table, "factored": Factored, "streams": Streams}

@@ -30,6 +30,7 @@ from models.parts.residual import Residual
 from models.parts.sharing import Own, Shared
 from models.parts.sink import Sink
 from models.parts.softmax import Softmax
+from models.parts.streams import Streams
 from models.spec import ConfigError, Part, kind_of, plain, registry_of
 
 ORDER = (
@@ -87,7 +88,10 @@ def choices(whole: bool) -> dict[str, list[Any]]:
         "residual": kinds(Residual),
         "mlp_residual": [None, *kinds(Residual)],
         "parallel": [False, True],
-        "embedding": [Table(), Table(scale="learned"), Factored(rank=5), Factored(rank=5, tied=False, scale="sqrt")],
+        "embedding": [
+            *(Table(), Table(scale="learned"), Factored(rank=5), Factored(rank=5, tied=False, scale="sqrt")),
+            Streams.small(),
+        ],
         "embedding_norm": inner,
         "position_norm": inner,
         "final_norm": outer,
