@@ -18,7 +18,7 @@ from models.gpt.config import GPT
 from models.loss import Objective
 from models.optim.groups import Optim
 from models.optim.schedule import Schedule
-from models.spec import ConfigError, Part, fields, kind_of, near, part_of, plain, registry_of
+from models.spec import ConfigError, Part, fields, kind_of, near, part_of, registry_of
 
 TRAINING: dict[type[Part], tuple[str, str]] = {  # registries of training and not of a model: setting, what it does
     Objective: ("loss", "what is minimised at each token"),
@@ -247,7 +247,10 @@ def default_words(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, (tuple, list)):
-        return ", ".join(str(plain(v)) for v in value)
+        return ", ".join(default_words(v) for v in value)
+    if dataclasses.is_dataclass(value):
+        inside = ((name, getattr(value, name)) for name in fields(type(value)))
+        return "{" + ", ".join(f"{name}: {default_words(v)}" for name, v in inside if v is not None) + "}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -265,4 +268,6 @@ def type_words(annotation: Any) -> str:
     base = part_of(annotation)
     if base is not None:
         return f"kind of {snake(base.__name__)}"
+    if dataclasses.is_dataclass(annotation):
+        return "mapping"
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(annotation, str(annotation))

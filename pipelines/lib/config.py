@@ -303,6 +303,7 @@ def _other_kinds(base: type[Part], but: type, at: str) -> list[str]:
             shown = (
                 "..." if default is dc.MISSING else kind_of(default) if isinstance(default, Part) else plain(default)
             )
+            shown = as_word(shown) if isinstance(shown, list) else shown
             options.append(
                 f"{name}: {'null' if shown is None else str(shown).lower() if isinstance(shown, bool) else shown}"
             )
