@@ -146,11 +146,11 @@ def page(found: dict[str, Any]) -> str:
         f"# Kernels on {about['device']}",
         "",
         f"`{about['command']}`, {about['date']}, torch {about['torch']}, Triton {about['triton']}, "
-        f"{about['threads']} threads. Median of up to {ROUNDS} rounds, contestants in turns. Copy "
-        f"{about['rates']['copy'] / 1e9:,.0f} GB/s, matrix product {about['rates']['float32'] / 1e12:.3g} (float32) and "
-        f"{about['rates']['bfloat16'] / 1e12:.3g} TFLOP/s (bfloat16), measured in the same run; the floor is the larger "
-        "of the two times that the work takes at these rates. `x ours`: how many times as long as ours. Memory: peak "
-        "above what was held before the call.",
+        f"{about['threads']} threads. Median of up to {ROUNDS} rounds, contestants in turns. Measured in the same run: "
+        f"a copy {about['rates']['copy'] / 1e9:,.0f} GB/s, a matrix product {about['rates']['float32'] / 1e12:.3g} "
+        f"(float32) and {about['rates']['bfloat16'] / 1e12:.3g} TFLOP/s (bfloat16); the floor is the larger of the two "
+        "times that the work takes at these rates. `x ours`: how many times as long as ours. Memory: peak above what "
+        "was held before the call.",
         *([f"Not run for lack of time: {', '.join(found['left'])}."] if found.get("left") else []),
     ]
     by_op: dict[str, list[dict[str, Any]]] = {}

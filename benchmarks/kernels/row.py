@@ -14,7 +14,7 @@ class Row:
     op, case: what is measured ("rms_norm", "forward+backward N=16384 D=1152 bf16").
     ours: the call that is timed.  peers: name -> call of the same work; what cannot be imported is left out.
     check: raises AssertionError when ours is wrong; runs before anything is timed.
-    flops, bytes: of the work in exact arithmetic: least multiplications and additions, least traffic to and from memory.
+    flops, bytes: of the work: multiplications and additions, and the least traffic to and from memory.
     dtype: of the products, which picks the floor's rate.  goal: what is aimed at, in words.
     """
 
