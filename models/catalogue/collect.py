@@ -248,7 +248,7 @@ def default_words(value: Any) -> str:
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, (tuple, list)):
         return ", ".join(default_words(v) for v in value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         inside = ((name, getattr(value, name)) for name in fields(type(value)))
         return "{" + ", ".join(f"{name}: {default_words(v)}" for name, v in inside if v is not None) + "}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -131,8 +131,8 @@ def recipe(name: str | Path, folder: Path = RECIPES, seen: tuple[Path, ...] = ()
 def scalar(text: str) -> Any:
     """A value as typed on the command line: YAML, with the text kept for fields that are text.
 
-    Quoted text with a backslash is what YAML makes of it (`source.separator="\\n\\n"`). Only `null`, `~` and nothing are
-    null: a line break or `---`, which YAML reads as no value, are the text they are.
+    Quoted text with a backslash is what YAML makes of it (`source.separator="\\n\\n"`). Only `null`, `~` and nothing
+    are null: a line break or `---`, which YAML reads as no value, are the text they are.
     """
     try:
         value = yaml.load(text, Yaml)
