@@ -158,19 +158,43 @@ def _kind(tp: type[Part], value: Any, at: str) -> tuple[type, Any]:
         options = {**plain(part), **options}
         kind = options.pop("kind")
     if kind not in base.kinds:
-        raise ConfigError(f"{at}: {base.__name__} {kind!r} does not exist{near(kind, base.kinds)}")
+        raise ConfigError(f"{_is(at, repr(kind))} does not exist{near(kind, base.kinds)}")
     if not issubclass(base.kinds[kind], tp):
-        raise ConfigError(f"{at}: {kind!r} is no {tp.__name__}")
+        fit = [name for name, cls in base.kinds.items() if issubclass(cls, tp)]
+        raise ConfigError(f"{_is(at, repr(kind))} cannot stand there{near(kind, fit)}")
     return base.kinds[kind], options
+
+
+def _is(at: str, word: str) -> str:
+    return f"{at}={word}" if at else word
+
+
+def _no_option(tp: type, key: str, at: str) -> str:
+    """What is wrong with an option that `tp` has not, in the words of the one who typed it."""
+    known = fields(tp)
+    base = registry_of(tp) if issubclass(tp, Part) else None
+    if base is None:
+        return (
+            f"{at} has no option {key!r}{near(key, known)}" if at else f"there is no option {key!r}{near(key, known)}"
+        )
+    kind = next((name for name, cls in base.kinds.items() if cls is tp), "")
+    said = f"{_is(at, kind) if kind else at} has no option {key!r}"
+    having = [name for name, cls in base.kinds.items() if dc.is_dataclass(cls) and key in fields(cls)]
+    if not having:
+        return said + (near(key, known) if known else "; it has none")
+    more = f" and {len(having) - 3} more" if len(having) > 3 else ""
+    has = "has" if len(having) == 1 else "have"
+    own = f"it has {', '.join(known)}" if known else "it has none"
+    return f"{said}; {own}; {_is(at, ', '.join(having[:3]))}{more} {has} it"
 
 
 def _build_dataclass(tp: type, value: Any, at: str) -> Any:
     if not isinstance(value, dict):
-        raise ConfigError(f"{at}={_shown(value)}: a mapping is needed; {tp.__name__} has {', '.join(fields(tp))}")
+        raise ConfigError(f"{at}={_shown(value)}: a mapping is needed, of {', '.join(fields(tp))}")
     known = fields(tp)
     for key in value:
         if key not in known:
-            raise ConfigError(f"{join(at, str(key))}: {tp.__name__} has no field {key!r}{near(key, known)}")
+            raise ConfigError(_no_option(tp, str(key), at))
     for key, (_, f) in known.items():
         if key not in value and f.default is dc.MISSING and f.default_factory is dc.MISSING:
             raise ConfigError(f"{join(at, key)} is required")

@@ -73,16 +73,16 @@ def test_plain_then_build_is_the_identity():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["optim.lrr=1"], "optim.lrr: Optim has no field 'lrr'; did you mean 'lr'?"),
-        (["norm=rmsnrm"], "norm: Norm 'rmsnrm' does not exist; did you mean 'rmsnorm'?"),
-        (["norm.fraction=0.5"], "norm.fraction: RMS has no field 'fraction'; there is eps"),
+        (["optim.lrr=1"], "optim has no option 'lrr'; did you mean 'lr'?"),
+        (["norm=rmsnrm"], "norm='rmsnrm' does not exist; did you mean 'rmsnorm'?"),
+        (["norm.fraction=0.5"], "norm=rmsnorm has no option 'fraction'; it has eps; norm=prmsnorm has it"),
         (["norm={kind: prmsnorm, fraction: 2}"], "norm: fraction=2.0 is outside (0, 1]; try 0.25"),
         (["steps=1.5"], "steps='1.5' is no whole number"),
         (["steps=true"], "steps='true' is no whole number"),
         (["fast=1"], "fast='1' is no true or false"),
         (["mode=c"], "mode='c'; there is a, b"),
         (["optim.betas=[0.9]"], "optim.betas=[0.9]: 2 values are needed"),
-        (["optim=3"], "optim='3': a mapping is needed; Optim has lr, betas"),
+        (["optim=3"], "optim='3': a mapping is needed, of lr, betas"),
     ],
 )
 def test_an_error_names_the_key_the_value_and_the_nearest_right_one(words, message):
@@ -91,10 +91,36 @@ def test_an_error_names_the_key_the_value_and_the_nearest_right_one(words, messa
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["source.path=x"], "source=stdlib has no option 'path'; it has max_mb; source=files has it"),
+        (["source.max=1"], "source=stdlib has no option 'max'; did you mean 'max_mb'?"),
+        (["tokenizer=bytes", "tokenizer.size=9"], "tokenizer=bytes has no option 'size'; it has none"),
+        (["tokenizr=bytes"], "there is no option 'tokenizr'; did you mean 'tokenizer'?"),
+    ],
+)
+def test_an_error_speaks_of_options_as_they_are_typed_and_not_of_classes(words, message):
+    from pipelines.tokenize import TokenizeConfig
+
+    with pytest.raises(ConfigError) as caught:
+        assemble(["out=x", *words], TokenizeConfig)
+    assert str(caught.value) == message
+
+
+def test_an_option_that_many_kinds_have_is_not_listed_for_all_of_them():
+    from models.parts.norm import Norm as Norms
+
+    with pytest.raises(
+        ConfigError, match=r"^norm=identity has no option 'eps'; it has none; norm=\w+, \w+, \w+ and \d more have it$"
+    ):
+        build(Norms, {"kind": "identity", "eps": 1.0}, "norm")
+
+
 def test_overrides_merge_into_the_default_part_and_replace_another_kind():
     assert assemble(["norm.eps=1e-5"], Config).norm == RMS(1e-5)
     assert assemble(["norm=prmsnorm", "norm.fraction=0.5"], Config).norm == Partial(0.5)
-    with pytest.raises(ConfigError, match=r"norm\.eps: Partial has no field 'eps'"):
+    with pytest.raises(ConfigError, match="norm=prmsnorm has no option 'eps'; it has fraction; norm=rmsnorm has it"):
         assemble(["norm.eps=1e-5", "norm=prmsnorm"], Config)
     assert assemble(["norm.fraction=0.5", "norm=prmsnorm"], Config).norm == Partial(0.5)
     assert assemble(["norm={kind: rmsnorm, eps: 1e-5}", "norm=prmsnorm"], Config).norm == Partial()
@@ -176,7 +202,7 @@ def test_a_line_break_can_be_typed_for_an_option_of_a_part(word):
 
 def test_bad_input_is_one_line_and_exit_code_2(capsys):
     assert command(Config, lambda c: None, ["stepps=3"]) == 2
-    assert capsys.readouterr().err == "error: stepps: Config has no field 'stepps'; did you mean 'steps'?\n"
+    assert capsys.readouterr().err == "error: there is no option 'stepps'; did you mean 'steps'?\n"
     assert command(Config, lambda c: None, ["no_such_recipe"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

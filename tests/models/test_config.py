@@ -76,7 +76,7 @@ def test_unknown_fields_name_the_nearest_right_one():
         GPTConfig(d_modle=3)
     with pytest.raises(ConfigError, match="did you mean 'rmsnorm'"):
         build(Family, {"kind": "gpt", "norm": "rmsnrm"})
-    with pytest.raises(ConfigError, match=r"attention\.n_heds"):
+    with pytest.raises(ConfigError, match=r"attention=causal has no option 'n_heds'"):
         build(Family, {"kind": "gpt", "attention": {"kind": "causal", "n_heds": 3}})
 
 

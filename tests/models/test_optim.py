@@ -137,7 +137,7 @@ def test_optimizer_state_goes_through_named_tensors_bitwise():
         ({"kind": "adamw", "lr": 0}, "lr=0.0 is not positive"),
         ({"kind": "adamw", "betas": [0.9, 1.0]}, r"each must be in \[0, 1\)"),
         ({"kind": "adamw", "weight_decay": -1}, "is negative"),
-        ("adam", "Optim 'adam' does not exist; did you mean 'adamw'"),
+        ("adam", "'adam' does not exist; did you mean 'adamw'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tree, message):

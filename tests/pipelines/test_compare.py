@@ -53,7 +53,7 @@ def test_a_run_gets_its_card(here, capsys):
         (["runs", "shown=0"], "not positive"),
         (["runs", "experiment=e"], "belongs to query="),
         (["runs", "out=runs/a/config.yaml/x"], "out="),
-        (["runs", "colour=red"], "no field 'colour'"),
+        (["runs", "colour=red"], "no option 'colour'"),
         (["query=x"], "no such store"),
         (["card"], "run is required"),
         (["card", "nowhere"], "no such folder"),

@@ -328,7 +328,7 @@ def test_a_full_disk_names_the_file_and_the_bytes(corpus, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["sauce=stdlib"], "no field 'sauce'; did you mean 'source'?"),
+        (["sauce=stdlib"], "no option 'sauce'; did you mean 'source'?"),
         (["tokenizer={kind: bep}"], "'bep' does not exist; did you mean 'bpe'?"),
         (["source={kind: fils, path: x}"], "'fils' does not exist; did you mean 'files'?"),
         (["tokenizer.vocab_size=12"], "needs at least 257"),

@@ -172,7 +172,7 @@ def test_a_second_driver_is_refused_while_the_first_writes(data, tmp_path, capsy
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["optim.lrr=3"], "optim.lrr: AdamW has no field 'lrr'; did you mean 'lr'?"),
+        (["optim.lrr=3"], "optim=adamw has no option 'lrr'; did you mean 'lr'?"),
         (["data=/no/such/folder"], "data=/no/such/folder: no such folder"),
         (["model.vocab_size=50"], "model.vocab_size=50 is smaller than the 128 ids of"),
         (["micro_batch=5"], "micro_batch=5 does not divide the 12 rows"),

@@ -381,5 +381,5 @@ def _unknown_kinds(key: str, types: list[Any], domains: Sequence[Domain]) -> lis
         for item in value if isinstance(value, list) else [value]:
             kind = item.get("kind") if isinstance(item, dict) else item
             if isinstance(kind, str) and kind != DEFAULT and kind not in known:
-                errors.append(f"{key}: {bases[0].__name__} {kind!r} does not exist{near(kind, known)}")
+                errors.append(f"{key}={kind!r} does not exist{near(kind, known)}")
     return errors

@@ -311,7 +311,7 @@ def test_a_crash_is_tried_again_and_then_given_up(tmp_path, monkeypatch, capsys)
         ({"rule": "sweap"}, [], "'sweap' does not exist; did you mean 'sweep'"),
         ({"fixed": {"seconds": 5}}, [], "not see equal tokens"),
         ({"vary": {"batch_tokens": [384, 768]}}, [], "give fixed.tokens=2304"),
-        ({"fixed": {"modle.d_model": 3}}, [], "no field 'modle'"),
+        ({"fixed": {"modle.d_model": 3}}, [], "no option 'modle'"),
         ({}, ["parallel=-1"], "parallel=-1 is negative"),
         ({}, ["seeds=0"], "seeds=0 must be at least 1"),
         ({}, ["data=nowhere"], "no such folder"),

@@ -552,7 +552,7 @@ def test_every_kinds_options_are_known_and_the_nearest_name_is_given_for_what_is
     assert unknown_keys(good, Config) == []
     bad = space("{norm: [[rms, {kind: prtial}]], norm.fractin: 1, stepz: 1, steps.x: 1}")
     assert unknown_keys(bad, Config) == [
-        "norm: Norm 'prtial' does not exist; did you mean 'partial'?",
+        "norm='prtial' does not exist; did you mean 'partial'?",
         "norm.fractin: norm has no setting 'fractin'; did you mean 'fraction'?",
         "steps.x: steps has no setting 'x'",
         "stepz: there is no setting 'stepz'; did you mean 'steps'?",
