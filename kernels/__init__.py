@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 FILES: dict[str, tuple[str, ...]] = {
     "grouped_linear": ("OP",),
     "linear_scan": ("OP",),
+    "newton_schulz": ("PRODUCT", "POLYNOMIAL", "OP"),
+    "rms_norm": ("OP",),
 }
 
 
