@@ -406,12 +406,8 @@ class Loss(nn.Module):
         stage: `objective.stage(step)`, an int so that each stage compiles to a graph of its own.
         Returns (loss, nll): sums in nats. nll is plain cross-entropy, whatever the training loss is.
         """
-        b, t = ids.shape
-        at = At.full(b, t, ids.device)
-        if pos is not None or doc is not None:
-            at = At(pos=at.pos if pos is None else pos, upto=t, doc=doc)
-        at = at._replace(tables={})
-        x, target = self.model.hidden(ids, at).flatten(0, 1), targets.flatten()
+        x, at = self._states(ids, pos, doc)
+        target = targets.flatten()
         bias = cast(nn.Linear, self.model.get_output_embeddings()).bias
         link = self.model.link if self.model.has_link else None
         rule = self.rules[stage]
@@ -428,6 +424,22 @@ class Loss(nn.Module):
         for _, extra in (at.tables or {}).get("losses", ()):
             loss = loss + extra * (target != IGNORE).sum()
         return loss, nll
+
+    def nlls(self, ids: Tensor, targets: Tensor, pos: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        """[k] `forward`'s nll of each of the k streams that the embedding has, in nats; their sum is all of it."""
+        x, _ = self._states(ids, pos, doc)
+        bias = cast(nn.Linear, self.model.get_output_embeddings()).bias
+        parts = self.model.spec.embedding.apart(wide_logits(x, self.model.head_weight(), bias))
+        return self.model.spec.embedding.nlls([self.model.bend(part) for part in parts], targets.flatten())
+
+    def _states(self, ids: Tensor, pos: Tensor | None, doc: Tensor | None) -> tuple[Tensor, At]:
+        """[N, D] before the head, and where the tokens stand, with what parts left in its tables."""
+        b, t = ids.shape
+        at = At.full(b, t, ids.device)
+        if pos is not None or doc is not None:
+            at = At(pos=at.pos if pos is None else pos, upto=t, doc=doc)
+        at = at._replace(tables={})
+        return self.model.hidden(ids, at).flatten(0, 1), at
 
     def _own(self, rule: Objective, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         real = target != IGNORE

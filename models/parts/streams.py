@@ -112,13 +112,12 @@ class Streams(Embedding):
         lse = torch.stack([part.logsumexp(-1) for part in logits]).sum(0)
         return nll + z_weight * (lse.square() * (targets != IGNORE)).sum(), nll.detach()
 
-    def nlls(self, logits: Sequence[Tensor], targets: Tensor) -> Tensor:
-        """[k] summed cross-entropies in nats.   logits: k of [N, V_i].  targets: ids [N], -100 = none."""
+    def nlls(self, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
         real = targets != IGNORE
         return torch.stack(
             [
                 F.cross_entropy(part, digit.where(real, IGNORE), ignore_index=IGNORE, reduction="sum")
-                for part, digit in zip(logits, self.digits(targets), strict=True)
+                for part, digit in zip(parts, self.digits(targets), strict=True)
             ]
         )
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from kernels.cross_entropy import IGNORE
 from models.cost import WIDTH, Ops
 from models.roles import mark
 from models.spec import ConfigError, Part
@@ -56,6 +58,10 @@ class Embedding(Part):
     ) -> tuple[Tensor, Tensor]:
         """kernels.cross_entropy.linear_cross_entropy without the [N, V] of `join`. bend: LM.bend."""
         raise NotImplementedError
+
+    def nlls(self, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """[k] summed cross-entropies in nats.   parts: k of [N, V_i].  targets: ids [N], -100 = none."""
+        return F.cross_entropy(parts[0], targets, ignore_index=IGNORE, reduction="sum")[None]
 
     def widen(self, d: int) -> nn.Module | None:
         """What makes [..., width] from the table into [..., D]; none: nothing."""

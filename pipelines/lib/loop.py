@@ -331,18 +331,20 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Mean over all validation windows: nats, perplexity, bits per byte; and statistics of the hidden states.
 
-        With several token folders also nats per folder; the mean is over the targets of all of them.
+        With several token folders also nats per folder; the mean is over the targets of all of them. With several
+        streams also nats of each, val/stream_1_nll being the text's.
         """
         self.model.eval()
         totals = torch.stack([self._score(source) for source in range(len(self.vals))])
-        nll_sum, count, n_bytes = totals.sum(0).tolist()
+        nll_sum, count, n_bytes, *apart = totals.sum(0).tolist()
         nll = nll_sum / count
         # val/score: the geometric mean of the probabilities given to the right tokens.
         figures = {"val/nll": nll, "val/ppl": math.exp(min(700.0, nll)), "val/score": math.exp(-nll)}
         if n_bytes:
             figures["val/bpb"] = nll_sum / math.log(2) / n_bytes
+        figures |= {f"val/stream_{i}_nll": stream / count for i, stream in enumerate(apart, 1)}
         if len(self.vals) > 1:
-            for i, (folder, (nll, targets, _)) in enumerate(zip(self.folders, totals.tolist(), strict=True)):
+            for i, (folder, (nll, targets, *_)) in enumerate(zip(self.folders, totals.tolist(), strict=True)):
                 name = f"val/{Path(folder.path).name}"
                 if f"{name}/nll" in figures:  # two folders of one name
                     name = f"{name}-{i + 1}"
@@ -356,19 +358,24 @@ class Trainer:
         return figures
 
     def _score(self, source: int) -> Tensor:
-        """[3] float64: summed nats, targets and bytes of one folder's validation windows, over all workers."""
+        """float64: summed nats, targets and bytes of one folder's validation windows, over all workers.
+
+        [3], and with several streams [3 + k]: summed nats of each.
+        """
         rows, T = self.config.micro_batch, self.config.context
-        totals = torch.zeros(3, dtype=torch.float64)
+        loss, k = cast(Loss, self.loss), len(getattr(self.model.spec.embedding, "sizes", ()))
+        totals = torch.zeros(3 + k, dtype=torch.float64)
         starts = self.val_starts[source]
         blocks = [starts[i : i + rows] for i in range(0, len(starts), rows)]
         for block in blocks[self.world.rank :: self.world.size]:
             batch = self._validation_batch(source, block, rows, T)
             with self.autocast():
-                _, nll = self.loss(**self.to_device(batch))
+                nll = loss.nlls(**self.to_device(batch)) if k else loss(**self.to_device(batch))[1][None]
             targets = batch["targets"]
             real = targets != IGNORE
             n_bytes = float(self.token_bytes[targets[real]].sum()) if self.token_bytes is not None else 0.0
-            totals += torch.tensor([float(nll), float(real.sum()), n_bytes], dtype=torch.float64)
+            apart = nll.tolist() if k else []
+            totals += torch.tensor([float(nll.sum()), float(real.sum()), n_bytes, *apart], dtype=torch.float64)
         return self.world.sum(totals)
 
     def _validation_batch(self, source: int, starts: np.ndarray, rows: int, T: int) -> dict[str, Tensor]:

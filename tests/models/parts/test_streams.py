@@ -69,8 +69,17 @@ def test_loss_and_gradients_are_the_sums_of_k_cross_entropies(changes, z_loss):
             expected, plain = expected + one + z_loss * lse**2, plain + one.item()
     torch.testing.assert_close(loss, expected)
     assert nll.item() == pytest.approx(plain)
+    assert Loss(model).nlls(ids, targets).sum().item() == pytest.approx(plain)
     for ours, theirs in zip(got, torch.autograd.grad(expected, list(model.parameters())), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_each_streams_nll_is_the_cross_entropy_of_its_own_head():
+    model = model_of()
+    ids, targets = torch.randint(30, (2, 2, 12)).unbind()
+    for i, (nll, z) in enumerate(zip(Loss(model).nlls(ids, targets), heads(model, model.hidden(ids)), strict=True)):
+        own = torch.tensor([EVERY[int(t)][i] for t in targets.flatten()])
+        torch.testing.assert_close(nll, -z.flatten(0, 1).log_softmax(-1)[range(24), own].sum())
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
