@@ -90,9 +90,8 @@ def find_tasks(words: Sequence[str], include: Sequence[Path] = ()) -> Tasks:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, 3, 0.5)
-    if close:
-        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
-    return "; `lm-eval ls tasks` lists them all, and a folder of task YAMLs may stand in its place"
+    meant = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ";"
+    return f"{meant} `lm-eval ls tasks` lists them all, and a folder of task YAMLs may stand in its place"
 
 
 def _fingerprint(folders: Iterable[Path]) -> str:

@@ -533,7 +533,10 @@ def test_an_unknown_task_is_answered_with_the_nearest_name(model, tmp_path, caps
     monkeypatch.setattr(harness, "TaskManager", local)
     tasks = choices_task(tmp_path / "tasks", 2)
     assert main([str(model), f"tasks={tasks},sums_locale", "track=none"]) == 2
-    assert "lm-eval knows no task 'sums_locale'; did you mean 'sums_local'?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "lm-eval knows no task 'sums_locale'; did you mean 'sums_local'? `lm-eval ls tasks` lists them all" in said
+    assert main([str(model), f"tasks={tasks},nosuchtask", "track=none"]) == 2
+    assert "lm-eval knows no task 'nosuchtask'; `lm-eval ls tasks` lists them all" in capsys.readouterr().err
 
 
 def test_check_answers_0_when_every_promise_holds_and_1_when_one_does_not(model, monkeypatch, capsys):

@@ -26,9 +26,19 @@ class Outcome:
         return sum(self.correct) / len(self.correct)
 
     @property
+    def uniform(self) -> bool:
+        """Whether all or none are right: the items' deviation, 0, then says nothing about the accuracy's error."""
+        return len(self.correct) > 1 and all(c == self.correct[0] for c in self.correct)
+
+    @property
     def stderr(self) -> float | None:
-        """Of the accuracy: s / sqrt(n) with the sample deviation s, as lm-eval has it; None for one item."""
+        """Of the accuracy: s / sqrt(n) with the sample deviation s, as lm-eval has it; None for one item.
+
+        Where all or none are right: 1 / (n + 1), as far as Wilson's interval of one standard error reaches from there.
+        """
         n, p = len(self.correct), self.accuracy
+        if self.uniform:
+            return 1 / (n + 1)
         return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
 
     @property
@@ -51,7 +61,8 @@ def core_stderr(outcomes: Iterable[Outcome]) -> float | None:
     """The standard error of the mean centred score; None where a task has one item only.
 
     Tasks are independent but for those that ask the same items (HellaSwag with and without examples): of these the
-    mean per item is one figure, whose error holds their covariance.
+    mean per item is one figure, whose error holds their covariance. Those with all or none right have their own error,
+    and are taken to err together.
     """
     files: dict[tuple[Hashable, int], list[Outcome]] = {}
     n_tasks, variance = 0, 0.0
@@ -62,5 +73,6 @@ def core_stderr(outcomes: Iterable[Outcome]) -> float | None:
         if n < 2:
             return None
         per_item = sum(np.asarray(o.correct, float) / (1 - o.chance) for o in group)
-        variance += float(np.var(per_item, ddof=1)) / n
+        together = sum(o.centred_stderr or 0.0 for o in group if o.uniform)
+        variance += float(np.var(per_item, ddof=1)) / n + together**2
     return math.sqrt(variance) / n_tasks

@@ -277,6 +277,8 @@ def show(results: Mapping[str, Any]) -> None:
     speed = f", {told['items_per_second']:,.1f} items/s" if told["items_per_second"] else ""
     print(f"{told['items_this_time']:,} items in {told['wall_seconds']:,.1f} s{speed}")
     print(f"cut: prompts longer than the {told['context']:,} tokens of the context, whose beginning was dropped")
+    if any(row["documents"] > 1 and row["metrics"]["acc"]["value"] in (0.0, 1.0) for row in entries.values()):
+        print("±: standard errors; where all or none are right, 1 / (items + 1), as far as Wilson's interval reaches")
     for word, what in (
         ("long", "answers longer than the context, scored in windows"),
         ("merged", "prompts whose last token the answer changes, scored from that token on"),

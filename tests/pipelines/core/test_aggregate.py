@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -93,3 +94,16 @@ def test_errors_are_those_of_resampling_items_also_where_two_tasks_ask_the_same_
     assert accuracy.stderr == pytest.approx(np.std(answers["b"], ddof=1) / np.sqrt(250))
     assert accuracy.centred_stderr == pytest.approx(accuracy.stderr / 0.75)
     assert core_stderr([Outcome([True], 0.25, "c")]) is None and Outcome([True], 0.25, "c").stderr is None
+
+
+@pytest.mark.parametrize("n", [2, 3, 250])
+@pytest.mark.parametrize("right", [True, False])
+def test_none_right_of_three_is_no_certainty(n, right):
+    """The far end of Wilson's interval, by its definition: there the observed share is one standard error away."""
+    outcome = Outcome([right] * n, 0.25, "a")
+    end = abs(outcome.accuracy - outcome.stderr)
+    assert abs(end - outcome.accuracy) == pytest.approx(math.sqrt(end * (1 - end) / n))
+    assert outcome.centred_stderr == pytest.approx(outcome.stderr / 0.75)
+    mixed = Outcome([True, False] * 50, 0.5, "b")
+    assert core_stderr([outcome, mixed]) == pytest.approx(math.hypot(outcome.centred_stderr, mixed.centred_stderr) / 2)
+    assert core_stderr([outcome, outcome]) == pytest.approx(outcome.centred_stderr)  # the same items

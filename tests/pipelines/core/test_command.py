@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -10,7 +11,7 @@ import pytest
 
 from pipelines.evaluate import main
 from pipelines.lib.core import workers
-from pipelines.lib.core.command import CoreConfig
+from pipelines.lib.core.command import CoreConfig, show
 from tests.pipelines.core.bundle import CONTEXT, save_llama, save_model, write_bundle
 
 
@@ -44,13 +45,24 @@ def test_core_is_the_mean_of_what_its_tasks_are_above_chance(results, places):
     for row in tasks.values():
         acc, score = row["metrics"]["acc"], row["metrics"]["centred"]
         assert score["value"] == pytest.approx((acc["value"] - row["chance"]) / (1 - row["chance"]))
-        assert acc["stderr"] == pytest.approx(math.sqrt(acc["value"] * (1 - acc["value"]) / 19))
+        usual = math.sqrt(acc["value"] * (1 - acc["value"]) / 19)
+        assert acc["stderr"] == pytest.approx(usual if 0 < acc["value"] < 1 else 1 / 21)
         assert row["documents"] == row["documents_in_all"] == 20
     core = total["metrics"]["core"]
     assert core["value"] == pytest.approx(np.mean([t["metrics"]["centred"]["value"] for t in tasks.values()]))
     assert 0 < core["stderr"] < 0.2
     assert results["core"]["items"] == 100 and results["core"]["items_per_second"] > 0
     assert len(results["core"]["files"]["who"]) == 64 and results["model"]["sha256"]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_the_table_says_which_error_stands_where_all_or_none_are_right(results, value, capsys):
+    told = copy.deepcopy(results)
+    for row in told["tasks"].values():
+        if "acc" in row["metrics"]:
+            row["metrics"]["acc"]["value"] = value
+    show(told)
+    assert ("1 / (items + 1)" in capsys.readouterr().out) == (value != 0.5)
 
 
 def test_prompts_longer_than_the_context_are_counted_beside_the_score(results, places, tmp_path, capsys):
