@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 # File -> the names of its operations' `Op`s.
 FILES: dict[str, tuple[str, ...]] = {
+    "attention": ("OP",),
+    "glu": ("OP",),
     "grouped_linear": ("OP",),
+    "linear_cross_entropy": ("OP",),
     "linear_scan": ("OP",),
     "newton_schulz": ("PRODUCT", "POLYNOMIAL", "OP"),
     "rms_norm": ("OP",),
