@@ -19,6 +19,8 @@ FILES: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("OP",),
     "linear_scan": ("OP",),
     "newton_schulz": ("PRODUCT", "POLYNOMIAL", "OP"),
+    "normuon": ("OP",),
+    "qk_norm_rope": ("OP",),
     "rms_norm": ("OP",),
 }
 
