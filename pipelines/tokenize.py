@@ -5,10 +5,11 @@ reads   source=     stdlib, a file, folder or pattern, a Hub data set (pipelines
 writes  out=        manifest.json, tokenizer/, train-*.arrow, val-*.arrow (pipelines.lib.shards)
 
 Killed at any moment, the same command goes on: finished shards are kept and the result is bitwise the same.
-Two more commands:
+Three more commands:
 
     python -m pipelines.tokenize compare TEXT TOKENIZER ...         tokens and bits per byte of several tokenizers
     python -m pipelines.tokenize convert FOLDER out=FOLDER          to and from nanoGPT's train.bin, .npy, .npz
+    python -m pipelines.tokenize streams FOLDER ... out=FOLDER      the aligned tokens of several folders as ids
 
 How the work is shared out: the driver lists slices of the corpus and groups them into units; Ray Data carries only
 the numbers of the units. A task reads its unit, encodes it, writes and hashes its own shards, and leaves a small record
@@ -750,6 +751,7 @@ def _merge(
                 "vocab_size": encoder.vocab_size,
                 "kind": plain(config.tokenizer)["kind"],
                 "backend": encoder.backend,
+                **({"sizes": encoder.sizes} if encoder.sizes else {}),
             },
             "token_bytes": {
                 "file": TOKEN_BYTES,
@@ -856,6 +858,7 @@ def _print_summary(out: Path, config: TokenizeConfig, plan: Plan, figures: dict[
         )
     tokenizer = manifest["tokenizer"]
     print(f"  {manifest['documents']:,} documents; {tokenizer['kind']} tokenizer with {tokenizer['vocab_size']:,} ids")
+    _print_streams(manifest)
     for name, n in manifest["counts"].items():
         print(
             f"  {n:,} {name.replace('_', ' ')}" + (f": {', '.join(plan.left_out[:3])}" if name == "other_files" else "")
@@ -867,6 +870,12 @@ def _print_summary(out: Path, config: TokenizeConfig, plan: Plan, figures: dict[
             f"{figures['bytes'] / max(figures['seconds'], 1e-9) / 1e6:.1f} MB/s"
         )
     print(f"next: {next_command(out)}", flush=True)
+
+
+def _print_streams(manifest: dict[str, Any]) -> None:
+    """What a model must be told of ids that are several streams."""
+    if sizes := manifest["tokenizer"].get("sizes"):
+        print(f"  ids of {len(sizes)} streams: model.embedding={{kind: streams, sizes: {sizes}}}")
 
 
 def next_command(out: Path) -> str:
@@ -888,7 +897,7 @@ def _track(config: TokenizeConfig, manifest: dict[str, Any], figures: dict[str, 
         tracker.artifact(out / MANIFEST)
 
 
-# ---- compare, convert ------------------------------------------------------------------------------------------------
+# ---- compare, convert, streams ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -977,8 +986,37 @@ def convert(config: ConvertConfig) -> Path:
     return out
 
 
+@dataclass(frozen=True)
+class StreamsConfig:
+    """Token folders that hold the same places (characters, and beside them parts of speech) as one folder of ids.
+
+    sources: folders of shards, or tokens of another layout; the first one gives the text and its tokenizer
+    out: new folder
+    """
+
+    sources: tuple[str, ...]
+    out: str
+
+
+def join_streams(config: StreamsConfig) -> Path:
+    """An id s_1 + V_1 (s_2 + V_2 (...)) for the tokens s_i of each place, for model.embedding=streams."""
+    from pipelines.lib import streams
+    from pipelines.lib.jobs import storage_path
+
+    if len(config.sources) < 2:
+        raise ConfigError(f"sources={list(config.sources)}: streams are two folders or more")
+    out = storage_path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out} exists; give a new folder")
+    folders = [TokenFolder.open(storage_path(source), verify="sha256") for source in config.sources]
+    manifest = streams.join(folders, out)
+    print(f"{out}: " + ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in manifest["splits"].items()))
+    _print_streams(manifest)
+    return out
+
+
 def _help(config: type, call: str) -> str:
-    """--help of one of the two further commands: what it does, its call, its settings."""
+    """--help of one of the further commands: what it does, its call, its settings."""
     does = inspect.cleandoc(config.__doc__ or "").splitlines()[0]
     return "\n".join([does, "", call, "", "settings and defaults:", *describe(config)])
 
@@ -992,6 +1030,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help and words[:1] == ["compare"]:
         print(_help(CompareConfig, "python -m pipelines.tokenize compare TEXT TOKENIZER ... [max_mb=8] [--debug]"))
         return 0
+    if wants_help and words[:1] == ["streams"]:
+        print(_help(StreamsConfig, "python -m pipelines.tokenize streams FOLDER FOLDER ... out=FOLDER [--debug]"))
+        return 0
+    if words[:1] == ["streams"]:
+        bare = [w for w in words[1:] if not w.startswith("-") and "=" not in w]
+        rest = [w for w in words[1:] if w not in bare]
+        return command(StreamsConfig, join_streams, [f"sources={json.dumps(bare)}"] * bool(bare) + rest)
     if words[:1] == ["convert"]:
         return command(ConvertConfig, convert, words[1:], positional="source")
     if words[:1] == ["compare"]:

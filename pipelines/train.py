@@ -23,6 +23,7 @@ from pipelines.lib.training import HOW, LENGTHS, Mix, TrainConfig, growth_only
 
 if TYPE_CHECKING:
     from pipelines.lib.loop import Batches
+    from pipelines.lib.shards import TokenFolder
 
 
 def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Batches]:
@@ -40,6 +41,7 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Batches]:
     if config.init_from is not None:
         config = start_from(config, source_of(config.init_from))
     folders = open_data([mix.path for mix in config.mixes], "size")
+    check_streams(config, folders)
     vocab_size = max(folder.vocab_size for folder in folders)
     if config.model.vocab_size is None:
         config = dc.replace(config, model=dc.replace(cast(Any, config.model), vocab_size=vocab_size))
@@ -52,6 +54,18 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Batches]:
     for folder in folders:
         folder.split("val")
     return config, Batches(config, folders)
+
+
+def check_streams(config: TrainConfig, folders: list[TokenFolder]) -> None:
+    """Raises InputError where the data's ids are made of other streams than the model's embedding reads."""
+    of_model = list(getattr(config.model.embedding, "sizes", ()))
+    for folder in folders:
+        of_data = folder.manifest["tokenizer"].get("sizes")
+        if of_model and of_data and of_model != of_data:
+            raise InputError(
+                f"model.embedding.sizes={of_model}, but the ids of {folder.path} are made of streams of {of_data}; "
+                f"give model.embedding.sizes={of_data}"
+            )
 
 
 def source_of(init_from: str) -> Path:

@@ -33,7 +33,7 @@ from serving.sampling import (
     logprobs_of,
     seed_of_sample,
 )
-from serving.text import Detokenizer, StopStrings, TokenBytes, detokenizer
+from serving.text import Detokenizer, StopStrings, TokenBytes, detokenizer, of_streams
 
 __all__ = [
     "Draw",
@@ -71,6 +71,9 @@ def ids_of(tokenizer: Any, text: str, **options: Any) -> list[int]:
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library raises bare Exceptions for what its model lacks
             raise
+        if of_streams(tokenizer) and tokenizer.backend_tokenizer.normalizer is None:
+            what = "text alone does not give this model's tokens, which stand for other streams too; give token ids"
+            raise RequestError(what, param="prompt") from None
         lacking = next((c for c in dict.fromkeys(text) if not _reads(tokenizer, c)), None)
         what = f"the text: {error}" if lacking is None else f"the character {lacking!r} (U+{ord(lacking):04X})"
         raise RequestError(f"the model's tokenizer has no token for {what}", param="prompt") from None

@@ -29,6 +29,7 @@ class TokenBytes:
         self._added = {i: str(t) for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items()}
         self._letters = _byte_letters() if "ByteLevel" in decoder else None
         self._spaced = "Metaspace" in decoder or "▁" in decoder
+        self._marks = re.compile("[\U00100000-\U0010fffd]") if of_streams(tokenizer) else None
         self._known: dict[int, bytes] = {}
         sample = self._sample()
         # SentencePiece writes a space before the first word and takes it away again when it decodes.
@@ -56,6 +57,7 @@ class TokenBytes:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if piece is None:
             return f"<|{token}|>".encode()  # a row that only pads the embedding
+        piece = piece if self._marks is None else self._marks.sub("", piece)
         if self._letters is not None and all(c in self._letters for c in piece):
             return bytes(self._letters[c] for c in piece)
         single = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
@@ -71,6 +73,11 @@ class TokenBytes:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def of_streams(tokenizer: Any) -> bool:
+    """Whether ids are several streams' tokens in one, whose marks the decoder takes away (pipelines.lib.streams)."""
+    return r"\x{100000}" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
 
 
 class Detokenizer:

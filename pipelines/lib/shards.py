@@ -294,6 +294,12 @@ class Tokens:
         offsets, row = self._document_offsets(shard), index - int(self.first_document[shard])
         return self.array(shard)[offsets[row] : offsets[row + 1]]
 
+    def document_ends(self, shard: int) -> np.ndarray | None:
+        """Where the documents of one shard end, [documents] tokens from the split's begin; None: not marked."""
+        if self.shards[shard].offsets is None:
+            return None
+        return self._document_offsets(shard)[1:] + int(self.first[shard])
+
     def _document_offsets(self, shard: int) -> np.ndarray:
         if shard not in self._offsets:
             s = self.shards[shard]

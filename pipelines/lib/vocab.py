@@ -4,6 +4,7 @@ A stage's `tokenizer` setting is a name, a path or a mapping, one of `Vocabulary
 
     tokenizer={kind: bpe, vocab_size: 4096}     byte-level BPE, trained on the corpus by rustbpe
     tokenizer=bytes    tokenizer=chars          an id per byte; an id per character, as nanoGPT numbers them
+    tokenizer={kind: chars, beside: [case]}     characters and streams beside them (pipelines.lib.streams)
     tokenizer=r50k_base.tiktoken                OpenAI's rank files
     tokenizer=spm.model                         SentencePiece, unigram or BPE
     tokenizer=tokenizer.json | FOLDER | gpt2    anything of Hugging Face: a file, a folder, a name on the Hub
@@ -48,7 +49,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from models.spec import ConfigError, Part, near
-from pipelines.lib import hub
+from pipelines.lib import hub, streams
 from pipelines.lib.config import InputError
 
 if TYPE_CHECKING:
@@ -145,16 +146,21 @@ class Chars(Vocabulary):
     """An id per character that the corpus has, in code point order: nanoGPT's character ids.
 
     end_of_text: add an end-of-text token as last id (nanoGPT has none)
+    beside: streams beside the characters, for model.embedding=streams [case, class, word_position]
     """
 
     reads_corpus: ClassVar[Literal["nothing", "sample", "everything"]] = "everything"
     end_of_text: bool = False
+    beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        streams.check_annotators(self.beside)
 
     def make(self, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerFast:
         seen: set[str] = set()
         for text in texts():
             seen.update(text)
-        return chars_tokenizer(sorted(seen), END_OF_TEXT if self.end_of_text else None)
+        return chars_tokenizer(sorted(seen), END_OF_TEXT if self.end_of_text else None, self.beside)
 
 
 @dataclass(frozen=True)
@@ -555,10 +561,20 @@ def from_tiktoken(path: Path, pattern: str = "auto") -> PreTrainedTokenizerFast:
 # ---- characters, SentencePiece ---------------------------------------------------------------------------------------
 
 
-def chars_tokenizer(chars: Sequence[str], eot: str | None = None) -> PreTrainedTokenizerFast:
-    """An id per character, in the order given. Encoding a character that is not in the list raises."""
+def chars_tokenizer(
+    chars: Sequence[str], eot: str | None = None, beside: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """An id per character, in the order given. Encoding a character that is not in the list raises.
+
+    beside: annotators (pipelines.lib.streams) of further streams in the same ids.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    if beside:
+        pieces = [*chars, eot] if eot else list(chars)
+        sizes = (len(pieces), *(streams.ANNOTATORS[name].size for name in beside))
+        last = (eot, len(chars)) if eot else None
+        return hf_tokenizer(streams.tokenizer_of(pieces, sizes, decoders.Fuse(), beside, last), eot)
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(chars)}, unk_token="<unknown character>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -663,16 +679,21 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """int32 [V]: UTF-8 bytes of text behind each id; 0 for special tokens, so that bits per byte count text only.
 
     Exact for bytes, characters, byte-level BPE and SentencePiece without normalisation; for tokenizers that rewrite
-    text (lower case, NFKC) it is the length of what they decode to.
+    text (lower case, NFKC) it is the length of what they decode to. Of several streams, the first one's.
     """
     backend = tokenizer.backend_tokenizer
     tree = json.loads(backend.to_str())
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    first_stream = streams.bare if streams.find(tree) is not None else str
     size = max([*backend.get_vocab(with_added_tokens=True).values(), -1]) + 1
     table = np.zeros(size, np.int32)
     decoder = json.dumps(tree.get("decoder") or {})
     byte_level_decoder, word_piece = '"ByteLevel"' in decoder, '"WordPiece"' in decoder
-    for piece, i in backend.get_vocab(with_added_tokens=True).items():
-        if byte_level_decoder:
+    for word, i in backend.get_vocab(with_added_tokens=True).items():
+        piece = first_stream(word)
+        if piece in special:
+            table[i] = 0
+        elif byte_level_decoder:
             table[i] = sum(1 if c in CHARACTER_BYTES else len(c.encode()) for c in piece)
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             table[i] = 1
@@ -681,7 +702,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
         else:
             table[i] = len(piece.replace("▁", " ").encode())
     for i, token in backend.get_added_tokens_decoder().items():
-        table[i] = 0 if token.special else len(token.content.encode())
+        if not token.special:
+            table[i] = len(token.content.encode())
     model = tree["model"]
     unknown = model.get("unk_token") or (
         model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else None
@@ -751,6 +773,13 @@ class Encoder:
         tree = json.loads(path.read_text(encoding="utf-8"))
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.cuts = 0
+        found = streams.find(tree)
+        self.sizes = [] if found is None else list(found.sizes)  # of the streams that its ids are made of, if several
+        if found is not None and not found.beside:
+            raise InputError(
+                f"{path}: text alone does not give these ids, which stand for other streams beside it; join the tokens "
+                "of each with `python -m pipelines.tokenize streams`"
+            )
         self.parts, self.seams = _makes_parts(tree)
         candidates: dict[str, Callable[[dict[str, Any]], Callable[[str], np.ndarray] | None]] = {
             "numpy": _numpy_backend,
@@ -849,9 +878,16 @@ def _numpy_backend(tree: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
         if not whole or not by_value or steps.get("add_prefix_space"):
             return None
         return lambda text: np.frombuffer(text.encode(), np.uint8)
+    found = streams.find(tree)
+    if found is not None:
+        characters = [piece for piece in found.pieces if len(piece) == 1]  # behind them an end-of-text token may be
+        return streams.encoder(found, _by_table(characters)) if found.beside else None
     chars = _characters(tree)
-    if chars is None:
-        return None
+    return None if chars is None else _by_table(chars)
+
+
+def _by_table(chars: Sequence[str]) -> Callable[[str], np.ndarray]:
+    """Text -> the place of each character in `chars`, [N] uint32."""
     table = np.full(max(map(ord, chars), default=0) + 2, -1, np.int32)  # the last place is for all beyond
     table[[ord(c) for c in chars]] = np.arange(len(chars))
 
