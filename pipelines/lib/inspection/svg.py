@@ -11,6 +11,7 @@ from pipelines.lib.comparison.html import Safe, tag, text
 COLOURS = ("var(--accent)", "#d9822b")  # of the first and the second model
 WIDTH, HEIGHT = 430, 215
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 38
+LETTER = 7.5  # width of one, at most on average over a name, in the 12 px of the page's style
 LARGEST_POINTS = 48  # points of a line that get a dot each
 
 
@@ -90,7 +91,9 @@ def lines(
     else:
         marks = [(v, number(v)) for v in x_ticks]
     for v, name in marks:
-        parts.append(tag("text", name, x=f"{x_at(v):.1f}", y=HEIGHT - BOTTOM + 15, text_anchor="middle"))
+        half = LETTER * len(name) / 2  # the first and the last name move inwards, where they would be cut off
+        x = min(max(x_at(v), half), WIDTH - half)
+        parts.append(tag("text", name, x=f"{x:.1f}", y=HEIGHT - BOTTOM + 15, text_anchor="middle"))
     parts.append(tag("text", x_name, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, text_anchor="middle"))
     for line in series:
         parts += drawn(line, x_at, y_at, log_x, log_y, names)

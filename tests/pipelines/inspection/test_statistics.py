@@ -16,7 +16,7 @@ import torch
 from pipelines.compare import main
 from pipelines.lib.inspection.statistics import batches
 from pipelines.lib.inspection.statistics_page import role_of, thinned
-from pipelines.lib.inspection.svg import Line, grid, lines, number, ticks
+from pipelines.lib.inspection.svg import WIDTH, Line, grid, lines, number, ticks
 from tests.serving.tiny import TEXT, byte_level_tokenizer, foreign, gpt
 
 
@@ -198,6 +198,21 @@ def test_charts_leave_gaps_and_mark_round_numbers():
     assert ticks(0.75, 0.84, True) == [6.0, 6.5]
     assert lines("empty", [], "n") and "&lt;b&gt;" in grid("<b>", ["r"], ["c"], [[(math.nan, ""), (0.5, "w")]])
     assert number(math.nan) == "not finite"
+
+
+def test_no_name_below_a_chart_is_cut_off():
+    """By the widths of DejaVu Sans, the widest of the fonts that a page falls back to, at the style's 12 px."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    font = FontProperties("DejaVu Sans", size=12)
+    for names in (["embedding", "0", "1", "2", "3", "final norm"], ["embedding", "final norm"]):
+        chart = lines("RMS", [Line("a", range(len(names)), range(len(names)))], "after layer", names=names)
+        found = re.findall(r'<text x="([\d.]+)" y="\d+" text-anchor="middle">([^<]+)</text>', chart)
+        assert {name for _, name in found} >= set(names)
+        for x, name in found:
+            half = TextToPath().get_text_width_height_descent(name, font, False)[0] / 2
+            assert half <= float(x) <= WIDTH - half, (name, x, half)
 
 
 def test_names_of_tensors_give_role_and_layer():
