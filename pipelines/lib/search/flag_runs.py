@@ -263,16 +263,41 @@ def length(f: Flags) -> dict[str, Any]:
 
 
 def loss(f: Flags) -> Part:
-    lacking = (
-        "distance_attenuated_top1 top1_ratio rank_distance flatness_boost entropy_focal rank_distance_focal "
-        "entropy_rank_distance_focal bit_balanced_cross_entropy no_repeat_cross_entropy"
-    )
+    """`loss_schedule` is `0:focal,500:cross_entropy`: from which update on which rules; else `loss_fn` does."""
+    given = f("loss_schedule")
+    if not given:
+        return f.one_of("loss_fn", objectives(f), LACKING)()
+    stages = []
+    for entry in str(given).split(","):
+        step, _, name = entry.strip().partition(":")
+        if not step.isdecimal():
+            raise Lacking(f"loss_schedule={given!r}, whose entries are no step:name")
+        stages.append((int(step), Flags({**f.given, "loss_fn": name.strip()})))
+    stages.sort(key=lambda stage: stage[0])
+    if stages[0][0] != 0:
+        raise Lacking(f"loss_schedule={given!r}, which does not say what rules from update 0")
+    parts = [of.one_of("loss_fn", objectives(f), LACKING)() for _, of in stages]  # options are read from f
+    ends: list[int | None] = [step for step, _ in stages[1:]]
+    if len(parts) == 1:
+        return parts[0]
+    listed = [{"loss": part, "until": end} for part, end in zip(parts, [*ends, None], strict=True)]
+    return {"kind": "schedule", "stages": listed}
+
+
+LACKING = (
+    "distance_attenuated_top1", "top1_ratio", "rank_distance", "entropy_focal", "rank_distance_focal",
+    "entropy_rank_distance_focal", "bit_balanced_cross_entropy", "no_repeat_cross_entropy",
+)  # fmt: skip
+
+
+def objectives(f: Flags) -> dict[str, Callable[[], Part]]:
+    """The laboratory's name of a loss -> ours, where it computes the same."""
 
     def attenuated() -> Part:
         factor = f.number("correct_top1_attenuation")
         return {"kind": "cross_entropy"} if factor == 1 else {"kind": "attenuated", "factor": float(factor)}
 
-    kinds: dict[str, Callable[[], Part]] = {
+    return {
         "cross_entropy": lambda: {"kind": "cross_entropy"},
         "top1_focus": lambda: {"kind": "cross_entropy"},  # what it adds has no gradient
         "label_smoothing": lambda: {"kind": "smoothed", "epsilon": float(f.number("label_smoothing"))},
@@ -281,5 +306,5 @@ def loss(f: Flags) -> Part:
         "attenuated_correct_top1": attenuated,
         "top1_margin": lambda: {"kind": "margin", "margin": float(f.number("top1_margin")), "weight": 1.0},
         "entropy_penalty": lambda: {"kind": "entropy", "weight": float(f.number("entropy_beta"))},
+        "flatness_boost": lambda: {"kind": "flatness", "weight": float(f.number("flatness_beta"))},
     }
-    return f.one_of("loss_fn", kinds, tuple(lacking.split()))()

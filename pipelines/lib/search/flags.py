@@ -324,6 +324,8 @@ FLAGS: dict[str, Flag] = {
     "correct_top1_attenuation": Flag(1.0, "loss attenuated: factor"),
     "top1_margin": Flag(0.1, "loss margin: margin"),
     "entropy_beta": Flag(0.01, "loss entropy: weight"),
+    "flatness_beta": Flag(1.0, "loss flatness: weight"),
+    "loss_schedule": Flag(None, "loss schedule: stages"),
     "use_gradient_checkpointing": Flag(False, "activation_checkpointing"),
 }
 
@@ -367,7 +369,7 @@ _gradual = dict.fromkeys(("activation_start", "activation_end", "activation_tran
 _ABSENT: dict[str, dict[str, Any]] = {
     "begins with other weights; give fixed.init_from=": {"init_from": "scratch", "import_*": None},
     "a search compares runs of equal length, not of equal time": {"max_seconds": None},
-    "the loss is one for the whole run here": {"loss_schedule": None, "rank_scale*": ANY},
+    "the rank weighs by its logarithm here, loss=rank": {"rank_scale*": ANY},
     "several streams of tokens: a model here reads one": {
         "training_mode": "single",
         "multicontext": False,
@@ -459,7 +461,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
     },
     "another schedule's": {"exponential_gamma": ANY, "step_lr_*": ANY, "plateau_*": ANY},
     "another loss's": dict.fromkeys(
-        "top1_focus_alpha top1_ratio_beta flatness_beta bit_loss_* distance_top1_strength".split(),
+        "top1_focus_alpha top1_ratio_beta bit_loss_* distance_top1_strength".split(),
         ANY,
     ),
 }

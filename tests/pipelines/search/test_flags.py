@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
+from models.loss import CrossEntropy, Flatness, Focal
 from models.spec import ConfigError, build, plain
 from pipelines import search
 from pipelines.lib.config import InputError, assemble, override, read_yaml, recipe
 from pipelines.lib.search.flag_arrange import arrange, boxes, built
 from pipelines.lib.search.flag_files import import_file, import_greedy, is_laboratory
 from pipelines.lib.search.flag_runs import settings
-from pipelines.lib.search.flag_values import Flags
+from pipelines.lib.search.flag_values import Flags, Lacking
 from pipelines.lib.search.flags import FLAGS, LEFT_OUT, is_flag, left_out
 from pipelines.lib.search.ledger import Ledger
 from pipelines.lib.search.space import Space
@@ -121,6 +122,8 @@ RUNS: list[dict[str, Any]] = [
         for kind in ("label_smoothing", "focal", "top1_margin", "entropy_penalty", "skip_correct_top1")
     ),
     {"loss_fn": "attenuated_correct_top1", "correct_top1_attenuation": 0.5},
+    {"loss_fn": "flatness_boost", "flatness_beta": 0.5},
+    {"loss_schedule": "0:focal,500:cross_entropy"},
 ]
 
 
@@ -179,6 +182,17 @@ def test_every_flag_of_the_table_is_read_by_some_run():
 def test_every_run_becomes_a_config_that_can_be(run):
     config = built(settings(Flags(run)))
     assert config.model.n_parameters is not None and config.rows
+
+
+def test_a_schedule_of_losses_keeps_its_updates_and_their_options():
+    given = {"loss_schedule": "0:flatness_boost, 500:focal,900:cross_entropy", "focal_gamma": 3, "flatness_beta": 0.5}
+    rule = built(settings(Flags(given))).loss
+    assert rule.rules() == (Flatness(0.5), Focal(3.0), CrossEntropy())
+    assert [rule.stage(step) for step in (0, 499, 500, 899, 900)] == [0, 0, 1, 1, 2]
+    assert built(settings(Flags({"loss_schedule": "0:focal"}))).loss == Focal()
+    for bad in ("focal", "5:focal", "0:focal,9:rank_distance", "0:focul"):
+        with pytest.raises(Lacking, match="loss_"):
+            settings(Flags({"loss_schedule": bad}))
 
 
 def test_the_laboratorys_default_model_has_as_many_parameters():
