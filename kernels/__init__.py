@@ -16,6 +16,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "attention": ("OP",),
     "glu": ("OP",),
     "grouped_linear": ("OP",),
+    "hadamard": ("FWHT", "SKETCH"),
     "linear_cross_entropy": ("OP",),
     "linear_scan": ("OP",),
     "newton_schulz": ("PRODUCT", "POLYNOMIAL", "OP"),
