@@ -370,10 +370,12 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "begins with other weights; give fixed.init_from=": {"init_from": "scratch", "import_*": None},
     "a search compares runs of equal length, not of equal time": {"max_seconds": None},
     "the rank weighs by its logarithm here, loss=rank": {"rank_scale*": ANY},
-    "several streams of tokens: a model here reads one": {
-        "training_mode": "single",
+    "join the folders by pipelines.tokenize streams, and give fixed.model.embedding=streams with their sizes": {
         "multicontext": False,
         "multicontext_datasets": None,
+    },
+    "several data sets with tables of their own, or numbers for tokens: a model here reads ids of one vocabulary": {
+        "training_mode": "single",
         "multidataset_wte": False,
         "numerical_multicontext": False,
         "numerical_*": ANY,
