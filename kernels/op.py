@@ -92,9 +92,14 @@ def pick(op: str, x: Tensor, impl: str, cpu: bool = False, fits: bool = True) ->
         raise ValueError(f"{op}: impl={impl!r} does not exist; auto, {', '.join(PATHS)} do")
     elif impl == "triton" and not (triton is not None and (x.is_cuda or INTERPRETED)):
         raise ValueError(f"{op}: impl='triton' needs a GPU and Triton (or TRITON_INTERPRET=1 before the import)")
-    if _record is not None:
-        _record.append((op, impl))
+    note(op, impl)
     return impl
+
+
+def note(op: str, path: str) -> None:
+    """Says to `record` what runs: `pick` does for its paths, an operation for one that it has besides."""
+    if _record is not None:
+        _record.append((op, path))
 
 
 @contextmanager
