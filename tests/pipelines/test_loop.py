@@ -72,17 +72,20 @@ def workers(config: dict, size: int, tmp: Path, faults: dict[int, str] | None = 
         )
         for r in range(size)
     ]  # fmt: skip
-    codes = []
-    for p in processes:
+    codes = dict.fromkeys(range(size), 0)
+    for r in sorted(
+        codes, key=lambda r: r not in (faults or {})
+    ):  # the one that is killed first, however long it takes
+        p = processes[r]
         try:
-            _, err = p.communicate(timeout=120 if not (faults and p is not processes[next(iter(faults))]) else 15)
+            _, err = p.communicate(timeout=120 if not faults or r in faults else 15)
         except subprocess.TimeoutExpired:  # waits in a collective for the one that was killed
             p.kill()
             _, err = p.communicate()
-        codes.append(p.returncode)
+        codes[r] = p.returncode
         if p.returncode not in (0, -signal.SIGKILL) and not faults:
             raise AssertionError(err[-3000:])
-    return codes
+    return list(codes.values())
 
 
 def test_a_run_learns_and_its_files_say_so(data, tmp_path):
