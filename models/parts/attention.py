@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from kernels.qk_norm_rope import qk_norm_rope
 from models.cost import Ops
 from models.memory import At, Field, Mem
 from models.parts.attend import Seen, attend, repeat_heads, what_is_seen
@@ -232,13 +233,15 @@ class CausalAttention(nn.Module):
         H, K = self.H, self.K
         qk, v = self.qkv(x).split(self.widths[:2], -1)
         qk, v = qk.view(B, T, H + K, self.h), v.view(B, T, K, self.v)
+        turn = (None, None) if self.rotation is None else at.tables[self.rotation.key]
         if self.qk_norm is not None:
-            qk = self.qk_norm(qk, H)
-        if self.rotation is not None:
-            qk = self.rotation(qk, at.tables[self.rotation.key])
+            q, k = self.qk_norm(qk, H, *turn)
+        elif self.rotation is not None:
+            q, k = qk_norm_rope(qk, H, *turn)
+        else:
+            q, k = qk.split((H, K), 2)
         if self.v_norm:
             v = unit_length(v).to(v.dtype)
-        q, k = qk.split((H, K), 2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, at: At) -> Tensor:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kernels.glu import ACTIVATIONS, glu
 from models.cost import Ops
 from models.memory import At
 from models.parts.activation import GELU, Activation, NoActivation, ReLU, Sigmoid, SiLU
 from models.parts.feedforward import MLP, Matrices
 from models.parts.kan import KAN
 from models.parts.moe import MoE
+from models.spec import kind_of
 
 if TYPE_CHECKING:
     from models.parts.block import BlockSpec
@@ -263,9 +265,14 @@ class GatedMLP(nn.Module):
         self.gate_up = spec.linear.build(d, 2 * m, up, "matrix")
         self.down = spec.down.build(m, d, down, "residual")
         self.act: Callable[[Tensor], Tensor] = spec.gate().build()
+        kind = kind_of(spec.gate())
+        self.fused = kind if kind in ACTIVATIONS else None  # the kernel knows activations by the registry's names
 
     def forward(self, x: Tensor, at: At) -> Tensor:  # [B, T, D]
-        gate, up = self.gate_up(x).chunk(2, -1)
+        h = self.gate_up(x)
+        if self.fused is not None:
+            return self.down(glu(h, activation=self.fused))
+        gate, up = h.chunk(2, -1)
         return self.down(self.act(gate) * up)
 
 

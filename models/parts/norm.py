@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from kernels.rms_norm import rms_norm
 from models.cost import Ops, elementwise
 from models.parts.activation import Activation, Tanh
 from models.parts.numeric import require, straight_through, wide
@@ -98,11 +98,10 @@ class RootMeanSquareNorm(nn.Module):
     def __init__(self, d: int, eps: float, gain: bool) -> None:
         super().__init__()
         _gain(self, d, gain)
-        self.d, self.eps = d, eps
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, (self.d,), weight, self.eps)
+        return rms_norm(x, self.weight, eps=self.eps)
 
 
 @dataclass(frozen=True)
@@ -223,6 +222,9 @@ class SliceNorm(nn.Module):
             self.index.copy_(torch.tensor(self.channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bits is None and self.fallback is None:
+            counted = self.index if self.slice is None else (self.slice.start, self.slice.stop)
+            return rms_norm(x, self.weight, eps=self.eps, channels=counted)
         h = wide(x)
         part = h.index_select(-1, self.index) if self.slice is None else h[..., self.slice]
         if self.bits:
@@ -291,8 +293,9 @@ class SphereNorm(nn.Module):
         _radius(self, start / spec.scale if spec.learned_radius else start, spec.learned_radius)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.rms_norm(wide(x), (self.d,), None, self.eps) * (self.scale / math.sqrt(self.d) * self.radius)
-        return (h if self.weight is None else h * self.weight).to(x.dtype)
+        radius = self.scale / math.sqrt(self.d) * wide(self.radius)
+        gain = radius.expand(self.d) if self.weight is None else radius * wide(self.weight)
+        return rms_norm(x, gain, eps=self.eps)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Norms of queries and keys, per head, before they are turned.   H query heads, K key heads, h head size.
 
-A norm is a module (qk [B, T, H + K, h], H) -> the same shape, queries first. Statistics are taken in float32 at least.
+A norm is a module (qk [B, T, H + K, h] with queries first, H, cos, sin) -> q [B, T, H, h], k [B, T, K, h], turned by
+the tables of models/parts/rotation.py where they are given. Statistics are taken in float32 at least.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from kernels.op import wide as wide_dtype
+from kernels.qk_norm_rope import qk_norm_rope
 from models.cost import Ops
 from models.spec import Part
 
@@ -124,11 +126,11 @@ class UnitQK(nn.Module):
         self.initial = {"g": start}
         self.g = nn.Parameter(torch.tensor(start)) if learned else None
 
-    def forward(self, qk: Tensor, H: int) -> Tensor:
-        unit = unit_length(qk, self.eps)
-        q, k = unit.split((H, qk.shape[-2] - H), -2)
-        q = q * (self.start if self.g is None else self.g)
-        return torch.cat([q.to(qk.dtype), k.to(qk.dtype)], -2)
+    def forward(
+        self, qk: Tensor, H: int, cos: Tensor | None = None, sin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        g = qk.new_full((1,), self.start, dtype=wide_dtype(qk.dtype)) if self.g is None else self.g
+        return qk_norm_rope(qk, H, cos, sin, norm="l2", gain_q=g.expand(qk.shape[-1]), eps=self.eps)
 
 
 class RootMeanSquareQK(nn.Module):
@@ -139,10 +141,10 @@ class RootMeanSquareQK(nn.Module):
         self.eps = eps
         self.q, self.k = nn.Parameter(torch.ones(head_dim)), nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, qk: Tensor, H: int) -> Tensor:
-        heads, h = qk.shape[-2:]
-        gain = torch.cat([self.q.expand(H, h), self.k.expand(heads - H, h)])
-        return F.rms_norm(qk, (h,), None, self.eps) * gain.to(qk.dtype)
+    def forward(
+        self, qk: Tensor, H: int, cos: Tensor | None = None, sin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return qk_norm_rope(qk, H, cos, sin, norm="rms", gain_q=self.q, gain_k=self.k, eps=self.eps)
 
 
 def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
