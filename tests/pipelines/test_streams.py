@@ -12,15 +12,17 @@ import pytest
 
 from models.families import load
 from models.spec import ConfigError, build
-from pipelines import tokenize, train
+from pipelines import search, tokenize, train
 from pipelines.export import main as export
 from pipelines.lib import streams, vocab
 from pipelines.lib.config import InputError
+from pipelines.lib.search.ledger import Ledger
 from pipelines.lib.shards import TokenFolder
 from pipelines.lib.streams import ANNOTATORS
 from pipelines.lib.vocab import END_OF_TEXT, Chars, Encoder, load_tokenizer
 from pipelines.sample import main as sample
 from serving.engine import Engine, RequestError, SamplingParams
+from tests.pipelines.search.small import search_words
 from tests.pipelines.tiny import tiny_config
 from tests.serving.tiny import gpt
 
@@ -246,6 +248,17 @@ def test_sizes_that_are_not_the_datas_are_refused(run):
     first = TokenFolder.open(run.parent / "data").manifest["tokenizer"]["sizes"][0]
     with pytest.raises(InputError, match=rf"give model\.embedding\.sizes=\[{first}, 3, 12\]"):
         train.run(config_of(run.parent, [first, 12, 3]))
+
+
+def test_a_search_can_have_the_texts_own_nats_as_its_objective(tmp_path, capsys):
+    embedding = {"kind": "streams", "sizes": [32, 4]}
+    settings = {"steps": 2, "eval_every": 2, "model.embedding": embedding}
+    words = search_words(tmp_path, fixed=settings, objective={"metric": "val/stream_1_nll"})
+    assert search.main(words) == 0
+    trials = Ledger(tmp_path / "out").trials
+    assert len(trials) == 4 and all(0 < t.metrics["val/stream_1_nll"] < t.metrics["val/nll"] for t in trials)
+    assert search.main(search_words(tmp_path, objective={"metric": "val/stream_1_nll"})) == 2
+    assert "val/stream_1_nll is not measured at validation" in capsys.readouterr().err
 
 
 def test_a_text_is_continued_as_text(run, capsys):

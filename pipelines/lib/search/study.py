@@ -147,8 +147,8 @@ class Study:
         self.ignored = NOT_COMPUTED - varied
         self.vocab_size = max(folder.vocab_size for folder in folders)
         self.fingerprints = [folder.fingerprint for folder in folders]
-        self._check_objective()
         first = self.train_config({}, self.seeds[0])
+        self._check_objective(len(getattr(first.model.embedding, "sizes", ())))
         if first.seconds is not None:
             raise InputError(
                 f"recipe {config.recipe}: its length is in seconds, so trials would not see equal tokens; "
@@ -161,10 +161,11 @@ class Study:
             )
         self._base = flatten(plain(first))
 
-    def _check_objective(self) -> None:
-        metric = self.objective.metric
-        if metric not in METRICS:
-            raise InputError(f"objective.metric={metric} is not measured at validation{near(metric, METRICS)}")
+    def _check_objective(self, streams: int) -> None:
+        """streams: how many the recipe's embedding has; 0: it is of one."""
+        metric, measured = self.objective.metric, [*METRICS, *(f"val/stream_{i + 1}_nll" for i in range(streams))]
+        if metric not in measured:
+            raise InputError(f"objective.metric={metric} is not measured at validation{near(metric, measured)}")
         if BETTER.get(metric, self.objective.mode) != self.objective.mode:
             raise InputError(f"objective.mode={self.objective.mode}: of {metric} {BETTER[metric]} is meant")
         if metric == "val/bpb" and any(folder.token_bytes() is None for folder in self.folders):
