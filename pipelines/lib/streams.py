@@ -10,6 +10,7 @@ without this code; one of other streams (parts of speech) decodes only.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,6 @@ class Annotator:
     longest: none, or the digit is the place in the run of characters of the one class, counted from 1 up to this.
     """
 
-    does: str
     classes: tuple[str, ...]
     longest: int | None = None
 
@@ -79,11 +79,9 @@ class Annotator:
 
 
 ANNOTATORS = {
-    "case": Annotator("0 without case, 1 lower, 2 upper", (r"\p{Ll}", r"\p{Lu}\p{Lt}")),
-    "class": Annotator("0 punctuation and others, 1 letter, 2 digit, 3 white space", (r"\p{L}\p{M}", r"\p{N}", r"\s")),
-    "word_position": Annotator(
-        "place in a run of letters and digits, counted from 1, at most 11; 0 outside", (r"\p{L}\p{M}\p{N}",), 11
-    ),
+    "case": Annotator((r"\p{Ll}", r"\p{Lu}\p{Lt}")),  # 0 without case, 1 lower, 2 upper
+    "class": Annotator((r"\p{L}\p{M}", r"\p{N}", r"\s")),  # 0 punctuation and others, 1 letter, 2 digit, 3 white space
+    "word_position": Annotator((r"\p{L}\p{M}\p{N}",), 11),  # 0 outside, else 1 to 11 and 11 for all beyond
 }
 
 
@@ -234,16 +232,18 @@ def join(folders: Sequence[TokenFolder], out: Path) -> dict[str, Any]:
     """
     from pipelines.lib import vocab
 
-    first, sizes = folders[0], tuple(folder.vocab_size for folder in folders)
+    first, counts = folders[0], [folder.vocab_size for folder in folders]
+    # A folder's ids may be several streams already: in mixed radix theirs stand beside the others as they are.
+    sizes = [n for f in folders for n in f.manifest["tokenizer"].get("sizes") or [f.vocab_size]]
     if first.tokenizer_dir is None:
         raise InputError(f"{first.path}: the first stream gives the text, and no tokenizer lies beside it")
     for folder in folders[1:]:
         _check_aligned(first, folder)
-    eot_id = _end_of_text(folders, sizes)
+    eot_id = _end_of_text(folders, counts)
     source = vocab.load_tokenizer(first.tokenizer_dir)
-    made = _joined(source, sizes, eot_id)
+    made = _joined(source, first.vocab_size, sizes, eot_id)
     table = first.token_bytes()
-    table = np.tile(vocab.token_bytes(source) if table is None else table, math.prod(sizes[1:]))
+    table = np.tile(vocab.token_bytes(source) if table is None else table, math.prod(counts[1:]))
     dtype = dtype_for(math.prod(sizes))
     make_folder(out)
     splits: dict[str, Any] = {}
@@ -252,9 +252,9 @@ def join(folders: Sequence[TokenFolder], out: Path) -> dict[str, Any]:
         for i, shard in enumerate(tokens.shards):
             begin = int(tokens.first[i])
             ids, stride = np.zeros(shard.tokens, np.int64), 1
-            for folder, size in zip(folders, sizes, strict=True):
+            for folder in folders:
                 ids += folder.splits[name].window(begin, shard.tokens).astype(np.int64) * stride
-                stride *= size
+                stride *= folder.vocab_size
             ends = tokens.document_ends(i)
             offsets = np.concatenate([[0], [shard.tokens] if ends is None else ends - begin])
             n_bytes = first.manifest["splits"][name]["shards"][i].get("bytes")
@@ -273,7 +273,7 @@ def join(folders: Sequence[TokenFolder], out: Path) -> dict[str, Any]:
                 "sha256": folder_sha256(out / "tokenizer"),
                 "vocab_size": math.prod(sizes),
                 "kind": "streams",
-                "sizes": list(sizes),
+                "sizes": sizes,
             },
             "token_bytes": {
                 "file": TOKEN_BYTES,
@@ -323,7 +323,7 @@ def _document_ends(tokens: Tokens) -> np.ndarray | None:
     return np.concatenate(marked) if len(marked) == len(ends) else None
 
 
-def _end_of_text(folders: Sequence[TokenFolder], sizes: Sequence[int]) -> int | None:
+def _end_of_text(folders: Sequence[TokenFolder], counts: Sequence[int]) -> int | None:
     """The id that ends a document, of the streams' own; None where the first stream has none."""
     ends = [folder.manifest["eot_id"] for folder in folders]
     if ends[0] is None:
@@ -334,16 +334,18 @@ def _end_of_text(folders: Sequence[TokenFolder], sizes: Sequence[int]) -> int | 
             f"{without[0]}: no end-of-text id, but {folders[0].path} has one ({ends[0]}), and there a document's last "
             "place is this token; tokenize both with it, or both without"
         )
-    return sum(end * math.prod(sizes[:i]) for i, end in enumerate(ends))
+    return sum(end * math.prod(counts[:i]) for i, end in enumerate(ends))
 
 
-def _joined(source: PreTrainedTokenizerFast, sizes: Sequence[int], eot_id: int | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of joined streams: it decodes to the first one's text, proven on a few of its ids."""
+def _joined(
+    source: PreTrainedTokenizerFast, n_first: int, sizes: Sequence[int], eot_id: int | None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of joined streams: it decodes to the first folder's text, proven on some of its n_first ids."""
     from pipelines.lib.vocab import hf_tokenizer
 
-    words = source.get_vocab()
-    names = {i: word for word, i in words.items()}
-    pieces = [names.get(i, f"<id {i} without a piece>") for i in range(sizes[0])]
+    names = {i: word for word, i in source.get_vocab().items()}
+    found = find(json.loads(source.backend_tokenizer.to_str()))
+    pieces = [names.get(i, f"<id {i} without a piece>") for i in range(sizes[0])] if found is None else found.pieces
     name = None if eot_id is None else pieces[eot_id % sizes[0]]
     decoder = source.backend_tokenizer.decoder
     if decoder is None:
@@ -352,8 +354,8 @@ def _joined(source: PreTrainedTokenizerFast, sizes: Sequence[int], eot_id: int |
         tokenizer_of(pieces, sizes, decoder, eot=None if name is None or eot_id is None else (name, eot_id)), name
     )
     special = set(source.all_special_ids)
-    ids = [i for i in range(sizes[0]) if i not in special and i in names][:PROVEN]
-    beside = [i + sizes[0] * (i % math.prod(sizes[1:])) for i in ids]
+    ids = [i for i in range(n_first) if i not in special and i in names][:PROVEN]
+    beside = [i + n_first * (i % (math.prod(sizes) // n_first)) for i in ids]
     if made.decode(beside) != source.decode(ids):
         raise InputError(
             "the first stream's tokenizer decodes by rules that do not survive in the joined one; use one of "

@@ -179,6 +179,24 @@ def test_numbers_of_another_program_are_joined_to_bytes(tmp_path):
     assert tokenizer.decode(ids["train"] + ids["val"]) == text
 
 
+def test_a_folder_of_streams_is_joined_stream_by_stream(tmp_path):
+    (tmp_path / "a.txt").write_text("A Text of several Words. " * 8)
+    words = [f"source={tmp_path / 'a.txt'}", "tokenizer={kind: chars, beside: [case]}", "val_fraction=0"]
+    assert tokenize.main([*words, f"out={tmp_path / 'chars'}", "workers=0", "track=none"]) == 0
+    chars = TokenFolder.open(tmp_path / "chars")
+    tags = np.arange(chars.split("train").n_tokens, dtype=np.uint16) % 5
+    np.save(tmp_path / "train.npy", tags)
+    manifest = streams.join([chars, TokenFolder.open(tmp_path / "train.npy")], tmp_path / "out")
+    first = chars.manifest["tokenizer"]["sizes"][0]
+    assert manifest["tokenizer"]["sizes"] == [first, 3, 5] and manifest["tokenizer"]["vocab_size"] == first * 15
+    folder = TokenFolder.open(tmp_path / "out")
+    ids, tokenizer = folder.split("train").window(0, len(tags)), load_tokenizer(folder.tokenizer_dir)
+    assert (ids // (first * 3) == tags).all() and tokenizer.decode(ids.tolist()) == "A Text of several Words. " * 8
+    assert (ids // first % 3).tolist() == annotated("A Text of several Words. " * 8, "case")
+    found = streams.find(json.loads(tokenizer.backend_tokenizer.to_str()))
+    assert found is not None and (found.sizes, found.beside) == ((first, 3, 5), ())
+
+
 def test_text_alone_is_not_enough_for_streams_of_others(aligned):
     tokenize.main(["streams", str(aligned / "text"), str(aligned / "vowels"), f"out={aligned / 'joined'}"])
     folder = aligned / "joined/tokenizer"
