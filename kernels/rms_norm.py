@@ -365,8 +365,8 @@ def rms_norm(
     as it does for F.rms_norm. x (or s) is kept for the backward pass, nothing else. A second derivative raises.
     A processor under torch.compile takes the reference, which the compiler fuses with what stands around it.
     """
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x, residual = x.float(), None if residual is None else residual.float()
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and (residual is None or residual.dtype != torch.float32):
+        x = x.float()  # the sum is float32 then, whatever the residual
     D = x.shape[-1]
     differs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gain, residual))
     narrow = D <= WIDEST and x.dtype != torch.float64

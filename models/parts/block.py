@@ -13,10 +13,10 @@ from models.cost import Ops
 from models.memory import At, Mem
 from models.parts.attention import Attention
 from models.parts.mlp import MLP
-from models.parts.norm import Norm
+from models.parts.norm import Norm, RootMeanSquareNorm
 from models.parts.placement import Placement, Pre
 from models.parts.position import Position
-from models.parts.residual import Add, Residual
+from models.parts.residual import Add, Residual, Sum
 from models.spec import ConfigError, Part, kind_of
 
 
@@ -136,6 +136,12 @@ class Block(nn.Module):
         self.join_mlp = spec.mlp_residual.build(spec.d_model) if second else None
         self.mlp_after_norm = self._norm(spec, second and place2.after)
         self.dropout = spec.dropout
+        # A plain sum that an RMSNorm reads next is one operation.
+        self.sum_then_norm = (
+            type(self.join_mixer) is Sum
+            and self.mixer_after_norm is None
+            and isinstance(self.mlp_norm, RootMeanSquareNorm)
+        )
 
     @staticmethod
     def _norm(spec: BlockSpec, wanted: bool) -> nn.Module | None:
@@ -155,10 +161,14 @@ class Block(nn.Module):
         if self.parallel:
             y = y + self.drop(_through(self.mlp_output_norm, self.mlp(h, at)))
             return _through(self.mixer_after_norm, self.join_mixer(x, y)), shared
-        x = _through(self.mixer_after_norm, self.join_mixer(x, y))
-        if not self.has_mlp:
-            return x, shared
-        y = self.drop(_through(self.mlp_output_norm, self.mlp(_through(self.mlp_norm, x), at)))
+        if self.sum_then_norm:
+            x, h = self.mlp_norm.of_sum(x, y)  # type: ignore[union-attr,operator]
+        else:
+            x = _through(self.mixer_after_norm, self.join_mixer(x, y))
+            if not self.has_mlp:
+                return x, shared
+            h = _through(self.mlp_norm, x)
+        y = self.drop(_through(self.mlp_output_norm, self.mlp(h, at)))
         return _through(self.mlp_after_norm, self.join_mlp(x, y)), shared
 
     def drop(self, y: Tensor) -> Tensor:

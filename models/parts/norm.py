@@ -103,6 +103,11 @@ class RootMeanSquareNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, eps=self.eps)
 
+    def of_sum(self, x: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+        """x + o and its norm, which a GPU makes in one pass."""
+        y, s = rms_norm(x, self.weight, eps=self.eps, residual=o)
+        return s, y
+
 
 @dataclass(frozen=True)
 class PartialRMSNorm(Norm):

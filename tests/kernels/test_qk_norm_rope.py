@@ -173,5 +173,6 @@ def test_a_training_step_of_a_model_runs_these_operations(norm, qk_norm):
     own, plain = ("triton", "triton") if CUDA else ("cpu", "reference")
     ran = [r for r in ran if r[0] in ("rms_norm", "qk_norm_rope", "glu")]
     layer = [("rms_norm", own), ("qk_norm_rope", plain), ("rms_norm", own), ("glu", plain)]
+    assert [block.sum_then_norm for block in model.blocks] == [isinstance(norm, RMSNorm)] * 2
     assert ran == [*layer, *layer, ("rms_norm", own)]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
