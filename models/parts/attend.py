@@ -1,4 +1,4 @@
-"""From queries, keys and values to weighted sums: fused where PyTorch has a fused form, written out where not.
+"""From queries, keys and values to weighted sums: by kernels.attention over whole rows, fused by PyTorch over memory.
 
 B batch, T queries, S keys, H heads, K key heads, h head size.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.attention import attention, repeat_heads, triangle
 from models.memory import At, visible
 
 
@@ -18,45 +19,36 @@ class Seen(NamedTuple):
     """Which keys the queries of a call see.  mask: [B or 1, 1, T, S]; None with causal: the triangle; None: all keys.
 
     last: only the last so many keys count (a window at single-token decoding); 0: all.
+    window, doc: of the triangle, the last `window` keys and the same run of document ids [B, T] only; None: all.
     """
 
     mask: Tensor | None
     causal: bool
     last: int = 0
+    window: int | None = None
+    doc: Tensor | None = None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether less than the triangle is seen."""
+        return self.window is not None or self.doc is not None
 
     def written_out(self, T: int, device: torch.device) -> Seen:
         """The same with the triangle as a mask. A triangle has as many keys as queries."""
-        if not self.causal:
-            return self
-        return Seen(torch.ones(T, T, dtype=torch.bool, device=device).tril()[None, None], False)
+        return Seen(triangle(T, self.window, self.doc, device), False) if self.causal else self
 
 
 def what_is_seen(at: At, T: int, cached: bool, window: int | None) -> Seen:
-    """The cheapest form: no mask is built in training and in unpadded decoding."""
+    """The cheapest form: no mask is built in training, in whole prompts and in unpadded decoding."""
+    limit = None if window is None or window >= (at.upto if cached else T) else window
     if cached:
-        wide = window is None or window >= at.upto
         if at.start is not None and T == 1:
-            return Seen(None, False, 0 if wide else window or 0)
-        if at.start == 0 and wide:
-            return Seen(None, True)
-    elif at.doc is None and (window is None or window >= T):
-        return Seen(None, True)
+            return Seen(None, False, limit or 0)
+        if at.start == 0:
+            return Seen(None, True, window=limit)
+    elif limit is None or at.start is not None or at.doc is not None:  # positions go up by one in a row or document
+        return Seen(None, True, window=limit, doc=at.doc)
     return Seen(visible(at, cached, window)[:, None], False)
-
-
-def repeat_heads(x: Tensor, H: int) -> Tensor:
-    """[B, K, S, h] -> [B, H, S, h]: each key head once for every query head that shares it.
-
-    Where K does not divide H, the first H mod K key heads serve one query head more than the others.
-    """
-    K = x.shape[1]
-    if K == 1:
-        return x.expand(-1, H, -1, -1)
-    n, more = divmod(H, K)
-    if not more:
-        return x.repeat_interleave(n, 1) if n > 1 else x
-    first, rest = x.split((more, K - more), 1)
-    return torch.cat([first.repeat_interleave(n + 1, 1), rest.repeat_interleave(n, 1)], 1)
 
 
 def attend(
@@ -68,12 +60,18 @@ def attend(
     scale: float | None = None,
     bias: Tensor | None = None,
     sink: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + bias) v: q [B, H, T, h], k [B, K, S, h], v [B, K, S, v] -> [B, H, T, v], fused.
 
-    scale: None: 1 / sqrt(h).  bias: [B or 1, H, T, S].  sink: its score [1, H or 1, 1, 1].  Bias and sink need a
-    `seen` that is written out.
+    scale: None: 1 / sqrt(h).  bias: [B or 1, H, T, S].  sink: its score [1, H or 1, 1, 1].  softcap: c of
+    c tanh(score / c). A triangle without bias and dropout takes all the others, however narrow it is. Anything else
+    takes no soft-cap, and with a bias, a sink or a narrow triangle a `seen` that is written out.
     """
+    if seen.causal and bias is None and not dropout:
+        sink = sink.flatten() if sink is not None else None
+        return attention(q, k, v, scale=scale, window=seen.window, softcap=softcap, sink=sink, segments=seen.doc)
+    assert softcap is None and not (seen.causal and seen.narrow)
     mask = seen.mask
     if seen.last:
         k, v = k[:, :, -seen.last :], v[:, :, -seen.last :]
@@ -98,8 +96,7 @@ def attend(
         k, v, K = repeat_heads(k, H), repeat_heads(v, H), H
     options: dict[str, Any] = {"dropout_p": dropout, "is_causal": seen.causal, "scale": scale, "enable_gqa": K != H}
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= 256 and torch.is_grad_enabled():
-        # The fused backward for bfloat16 on CPU took 5.9 ms where float32 took 1.2 (B=12, H=4, T=64, h=32); at T=512
-        # they are even. Autocast would cast back, so it is off for this one call.
+        # float32 is faster there (kernels.attention.library). Autocast would cast back, so it is off for this call.
         with torch.autocast("cpu", enabled=False):
             mask = mask.float() if mask is not None and mask.is_floating_point() else mask
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)

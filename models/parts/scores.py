@@ -23,7 +23,8 @@ class Scores(nn.Module):
     """Queries, keys and values -> weighted sums.
 
     spec: has window, softmax, softcap, sink and dropout.  scale: of the products; None: 1 / sqrt(h).
-    Plain softmax without soft-cap is fused; `fused = False` computes the same step by step.
+    Plain softmax is fused, with a soft-cap where rows attend to themselves; `fused = False` computes the same step by
+    step.
     """
 
     def __init__(self, spec: Any, block: BlockSpec, n_heads: int, scale: float | None = None) -> None:
@@ -33,22 +34,29 @@ class Scores(nn.Module):
         self.dropout: float = block.dropout if spec.dropout is None else spec.dropout
         self.scale = scale
         self.softmax: nn.Module = spec.softmax.build(n_heads)
-        self.fused: bool = spec.softmax.fused and spec.softcap is None
+        self.fused: bool = spec.softmax.fused
         self.sink: nn.Module | None = spec.sink.build(n_heads)
         self.bias: nn.Module | None = block.position.score_bias(block)
         self.shared_bias: bool = block.position.shared
 
-    @property
-    def plain(self) -> bool:
-        """Whether the cheapest form will do: no mask where the triangle says it all."""
-        return self.fused and self.sink is None and self.bias is None and not self.shared_bias
+    def _whole(self, seen: Seen) -> bool:
+        """Whether one call does it all: rows that attend to themselves, with every option but bias and dropout."""
+        biased = self.bias is not None or self.shared_bias
+        return self.fused and seen.causal and not biased and not (self.training and self.dropout)
+
+    def _masked(self, seen: Seen) -> bool:
+        """Whether the mask is needed as a tensor."""
+        if self._whole(seen):
+            return False
+        simple = self.fused and self.softcap is None and self.sink is None and self.bias is None
+        return not simple or self.shared_bias or seen.narrow
 
     def prepare(self, at: At, cached: bool) -> None:
         """Puts masks, and a bias without parameters, where the layers of a call share them."""
         assert at.tables is not None
         if ("seen", self.window) not in at.tables:
             at.tables["seen", self.window] = what_is_seen(at, at.pos.shape[1], cached, self.window)
-        if not self.plain:
+        if self._masked(at.tables["seen", self.window]):
             self._written_out(at)
         key = getattr(self.bias, "key", None)
         if key is not None and key not in at.tables:
@@ -59,11 +67,13 @@ class Scores(nn.Module):
         """q [B, H, T, h], k [B, K, S, h], v [B, K, S, v] -> [B, H, T, v]."""
         assert at.tables is not None
         dropout = self.dropout if self.training else 0.0
-        if self.plain:
-            return attend(q, k, v, at.tables["seen", self.window], dropout, self.scale)
-        seen = self._written_out(at)
+        seen = at.tables["seen", self.window]
         bias, sink = self._bias(at, k.shape[2], cached), self._sink(q)
-        if self.fused:
+        if self._whole(seen):
+            return attend(q, k, v, seen, 0.0, self.scale, None, sink, self.softcap)
+        if self._masked(seen):
+            seen = self._written_out(at)
+        if self.fused and self.softcap is None:
             return attend(q, k, v, seen, dropout, self.scale, bias, sink)
         weights = attention_weights(q, k, seen, self.softmax, self.scale, self.softcap, bias, sink)
         if seen.last:

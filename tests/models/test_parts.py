@@ -75,7 +75,8 @@ def test_training_and_unpadded_decoding_build_no_mask():
     assert what_is_seen(At.full(2, 8), 8, False, 8) == Seen(None, True)
     assert what_is_seen(At.full(2, 8), 8, True, None) == Seen(None, True)
     assert what_is_seen(At.full(2, 1, start=8), 1, True, None) == Seen(None, False)
-    assert what_is_seen(At.full(2, 8), 8, False, 3).mask is not None
+    assert what_is_seen(At.full(2, 8), 8, False, 3) == Seen(None, True, window=3)
+    assert what_is_seen(At.full(2, 8), 8, True, 3) == Seen(None, True, window=3)
 
 
 def test_attention_equals_reference_array(data_dir):

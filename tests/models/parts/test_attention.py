@@ -159,15 +159,20 @@ def test_written_out_bfloat16_errs_no_more_than_twice_the_fused_form():
 
 def test_plain_attention_builds_no_mask_and_layers_share_the_one_they_need(monkeypatch):
     made = []
-    original = attend_file.visible
-    monkeypatch.setattr(attend_file, "visible", lambda *args: made.append(1) or original(*args))
-    base = GPT(vocab_size=9, d_model=16, n_layers=3, seq_len=8, attention=Causal(n_heads=4), position=Rotary())
-    for attention, masks in ((Causal(n_heads=4), 0), (Causal(n_heads=4, window=2, sink=HeadSink(), softcap=5.0), 1)):
+    original = attend_file.triangle
+    monkeypatch.setattr(attend_file, "triangle", lambda *args: made.append(1) or original(*args))
+    base = GPT(vocab_size=9, d_model=16, n_layers=3, seq_len=8, attention=Causal(n_heads=4))
+    narrow = Causal(n_heads=4, window=2, sink=HeadSink(), softcap=5.0)
+    for attention, position, masks in (
+        (Causal(n_heads=4), Rotary(), 0),
+        (narrow, Rotary(), 0),
+        (Causal(n_heads=4), ALiBi(), 1),
+        (narrow, ALiBi(), 1),
+    ):
         made.clear()
-        model = create(dataclasses.replace(base, attention=attention))
+        model = create(dataclasses.replace(base, attention=attention, position=position))
         model(torch.zeros(1, 5, dtype=torch.long))
         assert len(made) == masks
-        assert model.blocks[0].mixer.scores.plain == (masks == 0)
 
 
 def test_attention_weights_are_those_that_the_output_is_made_of():
