@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # File -> the names of its operations' `Op`s.
 FILES: dict[str, tuple[str, ...]] = {
     "attention": ("OP",),
+    "bank_search": ("OP",),
     "count_sketch": ("OP",),
     "glu": ("OP",),
     "grouped_linear": ("OP",),
