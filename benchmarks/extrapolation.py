@@ -1,7 +1,7 @@
 """Position schemes beyond their trained context: the validation loss at 1 to 8 times the length they were trained on.
 
     python -m benchmarks.extrapolation data=TOKENS work=FOLDER [positions=rotary,fire,learned] [seeds=3]
-        [tokens=2097152] [context=64] [width=96] [parallel=2] [out=benchmarks/results]
+        [tokens=2097152] [context=64] [width=96] [parallel=2] [title="whose text"] [out=benchmarks/results]
 
 Each scheme is one decoder (peri placement, unit queries and keys with a learned scale, as in the laboratory's table)
 trained on TOKENS with equal seeds; runs that are in FOLDER already are not trained again. A length means something only
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import platform
 import sys
@@ -110,8 +111,10 @@ def report(
     seeds: int,
     n: int,
     data: str,
+    title: str,
     out: Path,
 ) -> None:
+    words = [f"{w.split('=')[0]}=..." if w.startswith(("data=", "work=", "out=")) else w for w in words]
     manifest = json.loads((Path(data) / "manifest.json").read_text())
 
     def cell(rows: list[dict[str, Any]], key: str) -> str:
@@ -125,8 +128,9 @@ def report(
         f"Command: `python -m benchmarks.extrapolation {' '.join(words)}`. {time.strftime('%Y-%m-%d')}, "
         f"{platform.machine()}, torch {torch.__version__}.",
         f"{o['tokens']:,} tokens of training at context {o['context']}, 4 layers of width {o['width']}, peri, "
-        f"unit queries and keys; {seeds} seeds. Nats per token on the first {n - 1:,} validation tokens of data set "
-        f"{manifest['fingerprint'][:16]} ({manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']} ids), "
+        f"unit queries and keys; {seeds} seeds. Nats per token on the first {n - 1:,} validation tokens of "
+        f"{title or 'data set'} {manifest['fingerprint'][:16]} ({manifest['tokenizer']['kind']}, "
+        f"{manifest['tokenizer']['vocab_size']} ids), "
         "mean ± half of the 95 % interval over seeds.",
         "",
         "## Whether the checkpoints use their context",
@@ -147,11 +151,30 @@ def report(
     ):
         lines += ["", f"## {title}", "", f"| positions | {' | '.join(lengths)} |", "| --- " + "| ---: " * 4 + "|"]
         lines += [f"| {name} | {' | '.join(cell(rows, key) for key in keys)} |" for name, rows in found.items()]
+    lines += ["", "## Order", "", *order(found)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "extrapolation.md").write_text("\n".join(lines) + "\n")
     (out / "extrapolation.json").write_text(json.dumps({"command": words, "found": found}, indent=1) + "\n")
     draw(found, o["context"], out / "extrapolation.png")
     print("\n".join(lines))
+
+
+def order(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """At each length, the schemes by their mean loss, and whether each beats the next outside the error over seeds."""
+    lines = []
+    for times in TIMES:
+        ranked = sorted(found, key=lambda name: sum(row[f"{times}x"] for row in found[name]))
+        said = ranked[0]
+        for better, worse in itertools.pairwise(ranked):
+            pairs = zip(found[better], found[worse], strict=True)
+            difference = interval([b[f"{times}x"] - a[f"{times}x"] for a, b in pairs])
+            said += f" {'<' if difference.n > 1 and difference.low > 0 else '~'} {worse}"
+        lines.append(f"- {times}x: {said}")
+    return [
+        *lines,
+        "",
+        "`<`: less loss, the paired 95 % interval over seeds above zero; `~`: no difference outside it.",
+    ]
 
 
 def draw(found: dict[str, list[dict[str, Any]]], context: int, path: Path) -> None:
@@ -202,7 +225,16 @@ def main(argv: list[str] | None = None) -> None:
             found.setdefault(f"{position}, rows: {rows}" if table else position, []).append(
                 measure(folder, tokens, rows)
             )
-    report(found, words, o, seeds, len(tokens), data, Path(given.get("out", Path(__file__).parent / "results")))
+    report(
+        found,
+        words,
+        o,
+        seeds,
+        len(tokens),
+        data,
+        given.get("title", ""),
+        Path(given.get("out", Path(__file__).parent / "results")),
+    )
 
 
 if __name__ == "__main__":

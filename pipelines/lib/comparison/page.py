@@ -17,6 +17,7 @@ COLOURS = "#4269d0 #e58606 #e4572e #2a9d8f #3ca951 #d95f9f #9457c9 #5aa9e6 #9c6b
 QUIET = "#8a8f98"
 MATRIX = 14  # variants in the matrix of differences; the table of pairs has them all
 BANDS = 3  # variants whose mean stands in its band: more would hide each other
+TALLEST = 60  # variants in the plot of final values, where fewer are in colour
 GREY = 100  # variants beyond those in colour whose curves are drawn at all
 PAIRS = 300  # rows of the table of pairs
 SAMPLES = 6  # variants whose samples stand side by side
@@ -131,7 +132,7 @@ def finals_section(found: Findings, plots: dict[str, Any], shown: int) -> Safe:
         }
         for i, r in enumerate(found.ranked)
         if math.isfinite(r.interval.mean) and r.group == 0
-    ][: 2 * shown]
+    ][: max(2 * shown, TALLEST)]
     plots["plot-finals"] = {"kind": "finals", "rows": rows, "metric": question.metric}
     head = [
         ("variant", ""),

@@ -10,7 +10,17 @@ from typing import Any
 from pipelines.lib.comparison import sentences, words
 from pipelines.lib.comparison.curves import AXES, Curve, mean_curve, seed_curve, thinned
 from pipelines.lib.comparison.findings import ALL_COSTS, Findings
-from pipelines.lib.comparison.page import BANDS, GREY, PAIRS, SAMPLES, colour, dimension, last_samples, shortened
+from pipelines.lib.comparison.page import (
+    BANDS,
+    GREY,
+    PAIRS,
+    SAMPLES,
+    TALLEST,
+    colour,
+    dimension,
+    last_samples,
+    shortened,
+)
 from pipelines.lib.comparison.variants import ABSENT, word
 
 MARKS = {"stop": "**Not comparable.** ", "care": "**Care.** ", "info": ""}
@@ -29,7 +39,12 @@ def comparison_paper(found: Findings, title: str, command: str, shown: int, fold
             ended = ", ".join(f"{k}={word(v)}" for k, v in story.winner.items()) or "its baseline"
             parts.append(f"Recommended: {plain(ended)}.")
     parts += ["## Results", results(found)]
-    if image(folder, "finals", lambda figure: draw_finals(figure, found, shown), (8, 1.2 + 0.3 * len(found.compared))):
+    if image(
+        folder,
+        "finals",
+        lambda figure: draw_finals(figure, found, shown),
+        (8, 1.2 + 0.3 * len(drawn_finals(found, shown))),
+    ):
         parts.append("![final values over seeds](finals.png)")
     parts += ["## What differs", differs(found), "## Curves"]
     parts.append(
@@ -183,8 +198,13 @@ def image(folder: Path, name: str, draw: Callable[[Any], bool], size: tuple[floa
     return True
 
 
+def drawn_finals(found: Findings, shown: int) -> Sequence[int]:
+    """The variants in the plot of final values: all of them, unless there are very many."""
+    return found.compared[: max(2 * shown, TALLEST)]
+
+
 def draw_finals(figure: Any, found: Findings, shown: int) -> bool:
-    chosen = found.compared[: 2 * shown]
+    chosen = drawn_finals(found, shown)
     if not chosen:
         return False
     axes = figure.subplots()
