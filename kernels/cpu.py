@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork; the child makes its own
-    os.register_at_fork(after_in_child=lambda: _pool.cache_clear())
-
 
 @cache
-def numba() -> Any | None:
+def numba() -> Any:
     """The module, or None where it is not installed or cannot be imported."""
     try:
         import numba as module
@@ -34,6 +31,10 @@ def numba() -> Any | None:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork; the child makes its own
+    os.register_at_fork(after_in_child=lambda: _pool.cache_clear())
 
 
 def spread(rows: int, least: int, function: Callable[[int, int], object]) -> None:
