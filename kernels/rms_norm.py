@@ -98,20 +98,20 @@ class _OnCPU(torch.autograd.Function):
         t = u * dy
         dgain = None
         if gain is None:
-            e = torch.mul(dy, scale) if scale != 1.0 else dy
             dot = t.sum(-1, keepdim=True).mul_(scale)
-            ds = e.clone() if e is dy else e
+            ds = torch.mul(dy, scale, out=t)
         else:
             weight = gain.to(r.dtype) * scale
             dot = (t @ weight)[..., None]
             if ctx.needs_input_grad[1]:
                 dgain = t.reshape(-1, D).sum(0).mul_(scale).to(gain.dtype)
             ds = torch.mul(dy, weight, out=t)
-        dot = dot.div_(-_counted(u[..., :], channels).shape[-1])
+        part = _counted(u, channels)
+        dot = dot.div_(-part.shape[-1])
         if isinstance(channels, Tensor):
-            ds.index_add_(-1, channels, u.index_select(-1, channels).mul_(dot))
+            ds.index_add_(-1, channels, part.mul_(dot))
         else:
-            _counted(ds, channels).addcmul_(_counted(u, channels), dot)
+            _counted(ds, channels).addcmul_(part, dot)
         return ds.mul_(r).to(x.dtype), dgain, None, None, None
 
 
