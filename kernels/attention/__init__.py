@@ -4,11 +4,12 @@ B batch, H query heads, K key heads (each for H / K queries), T time, h head siz
 A token sees itself and what came before it; with `window`, the last so many only; with `segments`, its document only.
 Queries and keys may come as they are: `qk_norm`, `gain_*`, `cos` and `sin` norm and turn them first.
 
-Norm and rotation are a pass of their own and not part of the attention kernel's loads: a tile of keys is loaded by
-every tile of queries after it, T / 256 times on average at 128 queries a tile, and would each time be normed and turned
-again (about 10 operations a number outside the tensor cores, against 256 on them), from registers and not by the
-asynchronous copies that feed the products; the backward pass would do it once more for queries and for keys. Written
-once, the normed q and k are also what the backward pass reads. The pass costs a read and a write of q and k.
+Norm and rotation are a pass of their own (kernels/qk_norm_rope.py) and not part of the attention kernel's loads: a tile
+of keys is loaded by every tile of queries after it, T / 256 times on average at 128 queries a tile, and would each time
+be normed and turned again (about 10 operations a number outside the tensor cores, against 256 on them), from registers
+and not by the asynchronous copies that feed the products; the backward pass would do it once more for queries and for
+keys. Written once, the normed q and k are also what the backward pass reads. The pass costs a read and a write of q and
+k.
 
 Paths: `triton` (forward.py, backward.py), `cpu` (cpu.py), `sdpa` (PyTorch's own fused function), `reference`. Which one
 `auto` takes is what table.py measured. Sources: arXiv:1706.03762, arXiv:2305.13245 (GQA), arXiv:2104.09864 (rotation),
@@ -18,6 +19,7 @@ arXiv:2010.04245 (l2), arXiv:2505.09388 (rms per head), arXiv:2408.00118 (soft-c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from kernels.attention import backward as gpu_backward
 from kernels.attention import choice, cpu
 from kernels.attention import forward as gpu
 from kernels.op import Build, Op, note, pick, triton, wide
+from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 
 
 def turn(
@@ -37,25 +40,17 @@ def turn(
     norm: str | None,
     gain: Tensor | None,
     eps: float,
+    form: Callable = qk_norm_rope_reference,
 ) -> Tensor:
     """Norm, gain, rotation of x [B, heads, T, h], in float32 at least and rounded once."""
     if norm is None and gain is None and cos is None:
         return x
-    y = x.to(wide(x.dtype))
-    if norm == "l2":
-        y = y / (torch.linalg.vector_norm(y, dim=-1, keepdim=True) + eps)
-    elif norm == "rms":
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    if gain is not None:
-        y = y * gain
-    if cos is not None:
-        assert sin is not None
-        half = cos.shape[-1]
-        # [T, r/2] or [B, T, r/2] over all heads.
-        cos, sin = (t.to(y.dtype) if t.dim() == 2 else t.to(y.dtype)[:, None] for t in (cos, sin))
-        one, two, rest = y.split((half, half, y.shape[-1] - 2 * half), -1)
-        y = torch.cat([one * cos - two * sin, two * cos + one * sin, rest], -1)
-    return y.to(x.dtype)
+    if cos is not None and sin is not None:  # that operation's tables: [B or 1, T, 1, r]
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        cos, sin = (t[None, :, None] if t.dim() == 2 else t[:, :, None] for t in (cos, sin))
+    gain = gain if gain is None else gain.expand(x.shape[-1])
+    turned, _ = form(x.transpose(1, 2), x.shape[1], cos, sin, norm=norm, gain_q=gain, eps=eps)
+    return turned.transpose(1, 2)
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
@@ -285,7 +280,8 @@ def attention(
                 f"attention: impl='triton' takes heads of up to {gpu.WIDEST} in float32, float16 or bfloat16, "
                 f"not {max(h, v.shape[-1])} in {q.dtype}"
             )
-        q, k = turn(q, cos, sin, qk_norm, gain_q, eps), turn(k, cos, sin, qk_norm, gain_k, eps)
+        form = partial(qk_norm_rope, impl="triton" if path == "triton" else "auto")
+        q, k = turn(q, cos, sin, qk_norm, gain_q, eps, form), turn(k, cos, sin, qk_norm, gain_k, eps, form)
         if sink is not None:
             sink = torch.as_tensor(sink, device=q.device).to(wide(q.dtype)).expand(H).contiguous()
         if path == "sdpa":
