@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.op import Build, Op, pick, power_of_2, triton, wide
 
@@ -47,7 +48,7 @@ def qk_norm_rope_reference(
     x = qk.to(wide(qk.dtype))
     heads, h = qk.shape[-2:]
     if norm == "rms":
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        x = F.rms_norm(x, (h,), None, eps)
     elif norm == "l2":
         x = x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + eps)
     if gain_q is not None or gain_k is not None:
