@@ -139,7 +139,7 @@ if triton is not None:
             lo = tl.load(row + i, mask=i < T, other=0)
             lo_tile = tl.load(row + m * BLOCK_M)
         elif EDGE == 1:
-            lo = i - window + 1
+            lo = tl.minimum(i, T - 1) - window + 1
             lo_tile = tl.maximum(m * BLOCK_M - window + 1, 0)
         else:
             lo = i
