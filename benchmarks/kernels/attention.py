@@ -1,4 +1,4 @@
-"""Attention: the triangle with norm and rotation, and what PyTorch's fused form lacks: windows, documents, sinks, caps."""
+"""Attention: the triangle, norm and rotation, and what PyTorch's fused form lacks: windows, documents, sinks, caps."""
 
 from __future__ import annotations
 
