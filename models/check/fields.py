@@ -108,7 +108,7 @@ def _values(annotation: Any, value: Any) -> list[Any]:
     if isinstance(value, bool) or "bool" in text:
         return [not value] if isinstance(value, bool) else [True, False]
     if isinstance(value, float) or "float" in text:
-        return [0.25, 4.0, 0.01] if value in (None, 0.0) else [value * 3, value / 3, value * 300, value / 300]
+        return [0.25, 4.0, 0.01] if value in (None, 0.0) else [value * 3, value / 3, value * 300, value / 300, 0.9]
     return [1, 2, 3, 8] if value is None else [value * 2, max(1, value // 2), value + 1]
 
 
