@@ -2,8 +2,8 @@
 two products of matrices.
 
 A row is cut from the long strides down to pieces that lie in the first cache, and the last 16 numbers of each 256 are
-turned so that every step works on whole vectors. 1,048,576 float32 numbers on one core: 0.9 ms in rows of 4,096 to
-65,536, against 9 to 15 for a radix-2 loop in PyTorch, 4 to 17 for two products and 0.07 for a copy.
+turned so that every step works on whole vectors. The public function, 1,048,576 float32 numbers on a core, best of 25:
+1.4 ms in rows of 4,096 and of 65,536; a radix-2 loop in PyTorch between two buffers 3.5 and 7.1.
 """
 
 from __future__ import annotations
