@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.op import Op
+from kernels.op import NAMESPACE, Op
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +26,7 @@ def _spans(ends: Tensor) -> list[tuple[int, int]]:
     return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
-@torch.library.custom_op("novella::grouped_linear", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_linear", mutates_args=())
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
     for g, (first, stop) in enumerate(_spans(ends)):
@@ -40,7 +40,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("novella::grouped_outer", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_outer", mutates_args=())
 def _outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """[G, M, D]: the sum of y_i x_i^T over the rows of each group."""
     out = torch.empty(ends.shape[0], y.shape[1], x.shape[1], dtype=y.dtype, device=y.device)

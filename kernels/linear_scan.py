@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.op import Op
+from kernels.op import NAMESPACE, Op
 
 # Steps per chunk. In one chunk time is a loop, over all chunks at once; chunks are then joined by the same function.
 CHUNK = 16
@@ -63,7 +63,7 @@ def _chunked(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     return h
 
 
-@torch.library.custom_op("novella::linear_scan", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_scan", mutates_args=())
 def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """One node for torch.compile, which would otherwise unroll the loop over time."""
     return _chunked(a.contiguous(), b.contiguous(), h0.contiguous())

@@ -7,6 +7,7 @@ A path is `triton` (CUDA; a CPU too, where TRITON_INTERPRET=1 was set before the
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ except ImportError:  # a processor needs neither; the jit part of a file stands 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PATHS = ("triton", "cpu", "reference")
+# Where operations are registered. An exported model carries copies of these files: registered under the same name, they
+# would take it from the operations of this package in the same process, which then fail without a schema.
+NAMESPACE = "novella" if __name__ == "kernels.op" else f"novella_{zlib.crc32(__name__.encode()):08x}"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from kernels.attention import backward as gpu_backward
 from kernels.attention import choice, cpu
 from kernels.attention import forward as gpu
-from kernels.op import Build, Op, note, pick, triton, wide
+from kernels.op import NAMESPACE, Build, Op, note, pick, triton, wide
 from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 
 
@@ -160,7 +160,7 @@ def library(
 def _registered(name: str, forward: Callable, backward: Callable) -> Callable:
     """forward and backward of one path as operators that torch.compile takes for one node each."""
 
-    @torch.library.custom_op(f"novella::{name}", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
     def run(
         q: Tensor,
         k: Tensor,
@@ -180,7 +180,7 @@ def _registered(name: str, forward: Callable, backward: Callable) -> Callable:
         lse = torch.empty((B, T, H), dtype=wide(q.dtype), device=q.device).transpose(1, 2)
         return gpu.new_rows(q, H, v.shape[-1]), lse if name == "attention_cpu" else lse.contiguous()
 
-    @torch.library.custom_op(f"novella::{name}_backward", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def back(
         dy: Tensor,
         q: Tensor,

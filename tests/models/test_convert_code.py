@@ -121,7 +121,8 @@ def test_the_folder_s_own_classes_give_the_same_logits_and_import_nothing_of_our
     files = sorted(folder.glob("*.py"))
     for path in files:
         compile(path.read_text(), path, "exec")
-        assert set(imported(path.read_text())) <= {"torch", "transformers", *sys.stdlib_module_names}
+        # Triton may be absent: kernels import it inside `try`.
+        assert set(imported(path.read_text())) <= {"torch", "transformers", "triton", *sys.stdlib_module_names}
     again = opened(folder)
     assert type(again) is not type(model) and type(again).__module__.startswith("transformers_modules.")
     assert all(
