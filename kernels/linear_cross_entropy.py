@@ -22,6 +22,9 @@ from torch.nn import functional as F
 from kernels.op import Build, Op, pick, tl, triton, wide
 
 IGNORE = -100
+# Logits below which a processor takes the reference: calls cost 0.25 ms more, exponentials 0.6 ns less each. One core,
+# 128 wide: 512 tokens of 65 words 0.34 ms by the reference, 0.59 in chunks; 2,048 of 4,096 words 400 and 230.
+SMALL = 1 << 19
 
 
 def wide_logits(
@@ -409,7 +412,8 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if link is not None and impl == "auto":
         impl = "reference"
-    path = pick("linear_cross_entropy", x, impl, cpu=True, fits=dtype != torch.float64)
+    big = x.shape[0] * weight.shape[0] >= SMALL
+    path = pick("linear_cross_entropy", x, impl, cpu=big, fits=dtype != torch.float64)
     if path == "reference":
         return linear_cross_entropy_reference(
             x, weight, targets, bias=bias, z_weight=z_weight, softcap=softcap, smoothing=smoothing,

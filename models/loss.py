@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.cross_entropy import IGNORE, linear_cross_entropy, wide_logits, z_loss
+from kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, wide_logits, z_loss
 from models.memory import At
 from models.parts.linear import AdaptiveLinear
 from models.spec import ConfigError, Part, kind_of
@@ -36,6 +36,10 @@ class Objective(Part):
     def of(self, logits: Tensor, target: Tensor, nll: Tensor, share: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
+    def smoothing(self) -> float | None:
+        """e, where `of` is cross-entropy with label smoothing e, which needs no [N, V]; None: it is something else."""
+        return None
+
     def of_weights(self, layers: Sequence[AdaptiveLinear]) -> Tensor | None:
         """What the model's weights add at each token, if anything. layers: those that learn their bits."""
         return None
@@ -53,6 +57,9 @@ class Objective(Part):
 class CrossEntropy(Objective):
     """-log p(target)."""
 
+    def smoothing(self) -> float | None:
+        return 0.0
+
     def of(self, logits: Tensor, target: Tensor, nll: Tensor, share: Tensor | None = None) -> Tensor:
         return nll
 
@@ -69,6 +76,9 @@ class Smoothed(Objective):
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < 1:
             raise ValueError(f"epsilon={self.epsilon} must lie in (0, 1); 0.1 is usual, cross_entropy has none")
+
+    def smoothing(self) -> float | None:
+        return self.epsilon
 
     def of(self, logits: Tensor, target: Tensor, nll: Tensor, share: Tensor | None = None) -> Tensor:
         uniform = torch.logsumexp(logits, -1) - logits.mean(-1)
@@ -240,6 +250,9 @@ class BitBalanced(Objective):
         if not self.weight > 0:
             raise ValueError(f"weight={self.weight} must be above 0; 0 would be cross_entropy")
 
+    def smoothing(self) -> float | None:
+        return 0.0
+
     def of(self, logits: Tensor, target: Tensor, nll: Tensor, share: Tensor | None = None) -> Tensor:
         return nll
 
@@ -409,18 +422,22 @@ class Loss(nn.Module):
         x, at = self._states(ids, pos, doc)
         target = targets.flatten()
         bias = cast(nn.Linear, self.model.get_output_embeddings()).bias
-        link = self.model.link if self.model.has_link else None
-        rule = self.rules[stage]
-        plain = isinstance(rule, CrossEntropy)
-        if plain and self.model.spec.embedding.joins:  # [N, V] is much more than [N, sum V_i]
+        rule, joins = self.rules[stage], self.model.spec.embedding.joins
+        smoothing = rule.smoothing()
+        if joins and smoothing == 0:  # [N, V] is much more than [N, sum V_i]
             of = self.model.spec.embedding.cross_entropy
             loss, nll = of(x, self.model.head_weight(), target, self.z_loss, self.model.bend)
-        elif plain:
-            loss, nll = linear_cross_entropy(x, self.model.head_weight(), target, self.z_loss, bias, link)
+        elif smoothing is not None and not joins:
+            softmax = self.model.output_softmax
+            loss, nll = linear_cross_entropy(
+                x, self.model.head_weight(), target, bias=bias, z_weight=self.z_loss, smoothing=smoothing,
+                softcap=self.model.spec.logit_softcap, link=None if softmax is None else softmax.log_weights,
+            )  # fmt: skip
         else:
+            link = self.model.link if self.model.has_link else None
             loss, nll = self._own(rule, wide_logits(x, self.model.head_weight(), bias, link), target)
-            if (extra := rule.of_weights(self.bits_learned)) is not None:
-                loss = loss + extra * (target != IGNORE).sum()
+        if (extra := rule.of_weights(self.bits_learned)) is not None:
+            loss = loss + extra * (target != IGNORE).sum()
         for _, extra in (at.tables or {}).get("losses", ()):
             loss = loss + extra * (target != IGNORE).sum()
         return loss, nll

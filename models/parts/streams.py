@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.cross_entropy import IGNORE, wide_logits
+from kernels.linear_cross_entropy import IGNORE, wide_logits
 from models.cost import Ops
 from models.parts.table import Embedding
 from models.spec import ConfigError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.cross_entropy import IGNORE
+from kernels.linear_cross_entropy import IGNORE
 from models.cost import WIDTH, Ops
 from models.roles import mark
 from models.spec import ConfigError, Part
@@ -56,7 +56,7 @@ class Embedding(Part):
     def cross_entropy(
         self, x: Tensor, weight: Tensor, targets: Tensor, z_weight: float, bend: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """kernels.cross_entropy.linear_cross_entropy without the [N, V] of `join`. bend: LM.bend."""
+        """kernels.linear_cross_entropy without the [N, V] of `join`. bend: LM.bend."""
         raise NotImplementedError
 
     def nlls(self, parts: Sequence[Tensor], targets: Tensor) -> Tensor:

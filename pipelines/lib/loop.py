@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy import IGNORE
+from kernels.linear_cross_entropy import IGNORE
 from models.convert import LAYOUTS
 from models.families import create
 from models.lm import LM
