@@ -171,7 +171,9 @@ def _strips(x: Tensor, alpha: float, beta: float, add: bool) -> Tensor:
     """The CPU's form: strip by strip the columns up to the diagonal, and their mirror image."""
     batch, m, _ = x.shape
     if m <= STRIP or (m <= 2 * STRIP and x.dtype in HALF):
-        return torch.baddbmm(x, x, x.mT, beta=beta, alpha=alpha) if add else torch.bmm(x, x.mT).mul_(alpha)
+        if add:
+            return torch.baddbmm(x, x, x.mT, beta=beta, alpha=alpha)
+        return torch.bmm(x, x.mT) if alpha == 1.0 else torch.bmm(x, x.mT).mul_(alpha)
     out = torch.empty(batch, m, m, dtype=x.dtype, device=x.device)
     for b in range(batch):
         for first in range(0, m, STRIP):
