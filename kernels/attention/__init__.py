@@ -366,7 +366,7 @@ def _builds() -> Sequence[Build]:
         (64, half, gpu.ALL, False, False),
         (128, half, gpu.ALL, False, False),
         (64, half, gpu.FIRST, True, True),
-        (128, half, gpu.FIRST, True, True),
+        (128, half, gpu.WINDOW, True, True),
         (128, ("fp32", torch.float32), gpu.FIRST, True, True),
     ):
         kernels = {"forward": gpu._attend, "keys": gpu_backward._attend_dkdv, "queries": gpu_backward._attend_dq}
