@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -145,9 +144,12 @@ if triton is not None:
             tl.store(out + cols.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(acc), mask=mirrored)
 
 
-def config(batch: int, m: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(BLOCK, BLOCK_K, warps, stages) of the product of `batch` matrices of m rows. Unmeasured on a GPU."""
-    if dtype not in HALF:
+def config(batch: int, m: int, k: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """(BLOCK, BLOCK_K, warps, stages) of the product of `batch` matrices [m, k]. Unmeasured on a GPU.
+
+    Rows that do not begin at multiples of 16 are moved number by number: large tiles of them spill registers.
+    """
+    if dtype not in HALF or m % 16 or k % 16:
         return 64, 32, 8, 2
     columns = -(-m // 128)
     many = batch * columns * (columns + 1) // 2 >= PROCESSORS
@@ -158,7 +160,7 @@ def _launch(x: Tensor, alpha: float, beta: float, add: bool) -> Tensor:
     """x: [batch, m, k], contiguous."""
     batch, m, k = x.shape
     out = torch.empty(batch, m, m, dtype=x.dtype, device=x.device)
-    block, block_k, warps, stages = config(batch, m, x.dtype)
+    block, block_k, warps, stages = config(batch, m, k, x.dtype)
     tiles = -(-m // block)
     grid = (tiles * (tiles + 1) // 2, batch)
     _upper[grid](
@@ -293,17 +295,20 @@ def orthogonalise(
 
 
 def _builds() -> list[Build]:
+    """Float16 once: its instructions are bfloat16's."""
+    if triton is None:
+        return []
     builds = []
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-        for batch in (1, PROCESSORS) if dtype == torch.bfloat16 else (PROCESSORS,):
-            for add in (False, True):
-                if dtype == torch.float16 and not add:
-                    continue  # the same instructions with another type: once is enough
-                block, block_k, warps, stages = config(batch, 1024, dtype)
-                types = {"x": f"*{name}", "out": f"*{name}", "M": "i32", "K": "i32", "alpha": "fp32", "beta": "fp32"}
-                constants = {"ADD": add, "BLOCK": block, "BLOCK_K": block_k}
-                builds.append(Build(_upper, types, constants, warps, stages, aligned=("M", "K")))
-    builds.append(replace(builds[0], aligned=()))  # odd sizes
+    for dtype, name, batch, k, add in (
+        *((torch.bfloat16, "bf16", batch, 1024, add) for batch in (1, PROCESSORS) for add in (False, True)),
+        *((torch.bfloat16, "bf16", 1, 1023, add) for add in (False, True)),  # odd sizes
+        (torch.float16, "fp16", PROCESSORS, 1024, True),
+        *((torch.float32, "fp32", 1, 1024, add) for add in (False, True)),
+    ):
+        block, block_k, warps, stages = config(batch, 1024, k, dtype)
+        types = {"x": f"*{name}", "out": f"*{name}", "M": "i32", "K": "i32", "alpha": "fp32", "beta": "fp32"}
+        constants = {"ADD": add, "BLOCK": block, "BLOCK_K": block_k}
+        builds.append(Build(_upper, types, constants, warps, stages, () if k % 16 else ("M", "K")))
     return builds
 
 
