@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.op import Build, Op, pick, triton, wide
@@ -89,9 +88,16 @@ class _OnCPU(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, r = ctx.saved_tensors
+        with torch.no_grad():
+            dx, dgain = _OnCPU.gradients(ctx, x, gain, r, dy)
+        if torch.is_grad_enabled():
+            dx, dgain = _Once.apply(dx, dgain, x, gain, dy)
+        return dx, dgain, None, None, None
+
+    @staticmethod
+    def gradients(ctx: Any, x: Tensor, gain: Tensor | None, r: Tensor, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         scale, channels = ctx.scale, ctx.channels
         h, dy = x.to(r.dtype), dy.to(r.dtype)
         u, D = h * r, x.shape[-1]
@@ -112,7 +118,22 @@ class _OnCPU(torch.autograd.Function):
             ds.index_add_(-1, channels, part.mul_(dot))
         else:
             _counted(ds, channels).addcmul_(part, dot)
-        return ds.mul_(r).to(x.dtype), dgain, None, None, None
+        return ds.mul_(r).to(x.dtype), dgain
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that hang on what they were made of, so that differentiating them raises.
+
+    PyTorch's once_differentiable gives constants where dy needs no gradient: a second derivative of zero, unnoticed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dx: Tensor, dgain: Tensor | None, *sources: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return dx, dgain
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError("rms_norm has no second derivative; impl='reference' has one")
 
 
 if triton is not None:
@@ -346,6 +367,19 @@ def _sum_gradients(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | No
 _add_norm.register_autograd(_sum_gradients, setup_context=_save_sum)
 
 
+def _check(x: Tensor, gain: Tensor | None, channels: Any, residual: Tensor | None) -> None:
+    """A kernel would read what lies behind a gain or a residual that is too short."""
+    if not x.dim() or not x.is_floating_point():
+        raise ValueError(f"rms_norm: x is {list(x.shape)} in {x.dtype}; it must have an axis, and floating numbers")
+    D = x.shape[-1]
+    if gain is not None and gain.shape != (D,):
+        raise ValueError(f"rms_norm: gain is {list(gain.shape)}; rows of {D} need [{D}]")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"rms_norm: x is {list(x.shape)} and residual {list(residual.shape)}; they must be alike")
+    if isinstance(channels, tuple) and not 0 <= channels[0] < channels[1] <= D:
+        raise ValueError(f"rms_norm: channels={channels} must be (first, behind the last) of {D}")
+
+
 def rms_norm(
     x: Tensor,
     gain: Tensor | None = None,
@@ -364,7 +398,9 @@ def rms_norm(
     Returns y [..., D] in x's dtype (the sum's dtype); with a residual (y, s). Autocast on CUDA makes x float32 first,
     as it does for F.rms_norm. x (or s) is kept for the backward pass, nothing else. A second derivative raises.
     A processor under torch.compile takes the reference, which the compiler fuses with what stands around it.
+    Raises ValueError for shapes and channels that do not fit.
     """
+    _check(x, gain, channels, residual)
     if x.is_cuda and torch.is_autocast_enabled("cuda") and (residual is None or residual.dtype != torch.float32):
         x = x.float()  # the sum is float32 then, whatever the residual
     D = x.shape[-1]
