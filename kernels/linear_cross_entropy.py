@@ -161,7 +161,7 @@ if triton is not None:
             tl.store(nlls + row, lse - own)
             tl.store(losses + row, lse - (1.0 - smoothing) * own - smoothing * mean + z_weight * lse * lse)
             if GRAD:
-                factor = 1.0 + 2.0 * z_weight * lse
+                extra = 2.0 * z_weight * lse
                 for at in range(0, V, BLOCK):
                     seen = at + cols < V
                     v = tl.load(z + at + cols, seen, 0.0).to(tl.float32)
@@ -170,8 +170,9 @@ if triton is not None:
                         t = _tanh(v / cap)
                         v = cap * t
                         slope = 1.0 - t * t
-                    g = factor * tl.exp(v - lse) - smoothing / V
-                    g = tl.where(at + cols == target, g - (1.0 - smoothing), g) * slope
+                    p = tl.exp(v - lse)
+                    g = tl.where(at + cols == target, p - (1.0 - smoothing), p) + extra * p - smoothing / V
+                    g *= slope
                     tl.store(z + at + cols, g.to(z.dtype.element_ty), seen)
 
 

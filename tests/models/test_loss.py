@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 from torch.nn import functional as F
 
+from kernels.op import record
 from models.families import create, preset
 from models.loss import (
     Attenuated,
@@ -36,6 +37,7 @@ from models.parts.attention import Causal
 from models.parts.linear import AdaptiveBits, AdaptiveLinear
 from models.parts.mlp import Plain
 from models.parts.norm import RMSNorm
+from models.parts.softmax import StrongerMax
 from models.spec import ConfigError, build, plain
 
 V = 7
@@ -157,6 +159,29 @@ def test_plain_cross_entropy_is_reported_beside_every_objective(rule, z_loss):
         share = (torch.tensor([1, 1, 1, 2, 3, 7, 4]) / (19 / V))[targets.flatten()[real]]
         own = rule.of(logits[real], targets.flatten()[real], each, share)
         torch.testing.assert_close(loss, own.sum() + z)
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "path"),
+    [
+        (None, {}, "fast"),
+        (None, {"logit_softcap": 4.0}, "fast"),
+        (Smoothed(), {}, "fast"),
+        (None, {"output_softmax": StrongerMax(base=3.0)}, "reference"),
+        (Focal(), {}, None),
+    ],
+)
+def test_a_training_step_takes_the_operation_that_never_builds_all_logits(rule, changes, path):
+    model = small(**changes).float()
+    model.resize_token_embeddings(9000)
+    ids = torch.randint(9000, (4, 16), generator=torch.Generator().manual_seed(0))
+    with record() as ran:
+        loss, _ = Loss(model, 1e-4, rule)(ids, ids)
+    loss.backward()
+    expected = "triton" if ids.is_cuda else "cpu"
+    wanted = [] if path is None else [expected if path == "fast" else path]
+    assert [way for op, way in ran if op == "linear_cross_entropy"] == wanted
+    assert model.head.weight.grad.any()
 
 
 def test_learned_bits_are_weighed_by_the_size_of_their_matrix_and_fall():
