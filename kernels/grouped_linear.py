@@ -6,6 +6,8 @@ rows in advance: to it, a call is one node. The groups are a loop of matrix prod
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,16 +22,19 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor, bias: Tens
     return y if bias is None else y + bias[group]
 
 
-def _spans(ends: Tensor) -> list[tuple[int, int]]:
-    """First and last-plus-one row of each group."""
+def _spans(ends: Tensor, rows: int) -> list[tuple[int, int]]:
+    """First and last-plus-one row of each group. Rows of no group would be whatever stood in memory."""
     stops = ends.tolist()
-    return list(zip([0, *stops[:-1]], stops, strict=True))
+    spans = list(pairwise([0, *stops]))
+    if [0, *stops][-1] != rows or any(first > stop for first, stop in spans):
+        raise ValueError(f"grouped_linear: ends must rise to the {rows} rows there are, and are {stops}")
+    return spans
 
 
 @torch.library.custom_op(f"{NAMESPACE}::grouped_linear", mutates_args=())
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
-    for g, (first, stop) in enumerate(_spans(ends)):
+    for g, (first, stop) in enumerate(_spans(ends, x.shape[0])):
         if stop > first:
             y[first:stop] = F.linear(x[first:stop], weight[g], None if bias is None else bias[g])
     return y
@@ -44,7 +49,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
 def _outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """[G, M, D]: the sum of y_i x_i^T over the rows of each group."""
     out = torch.empty(ends.shape[0], y.shape[1], x.shape[1], dtype=y.dtype, device=y.device)
-    for g, (first, stop) in enumerate(_spans(ends)):
+    for g, (first, stop) in enumerate(_spans(ends, x.shape[0])):
         torch.mm(y[first:stop].T, x[first:stop], out=out[g])
     return out
 
@@ -74,7 +79,7 @@ _grouped.register_autograd(_backward, setup_context=_save)
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, D], weight [G, M, D], ends [G] int64, rising to n, bias [G, M] or None, of one dtype -> [n, M].
 
-    Empty groups are allowed; their gradients are zero.
+    Empty groups are allowed; their gradients are zero. Raises ValueError for ends that fall, or do not end with n.
     """
     return _grouped(x, weight, ends, bias)
 

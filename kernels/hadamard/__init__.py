@@ -174,13 +174,18 @@ def srht(
     x: [..., n], P / 2 < n <= P.  signs: [T, P] of +-1, int8.  chosen: [target], int32: the numbers of tile t stand from
     t P on and are different among themselves.  scale: None is sqrt(P / target), which keeps norms in expectation.
     block: None, or a power of two: RMSNorm over each so many outputs (the last block may be shorter).
-    Returns [..., target] in x's dtype. Raises ValueError for tables that do not fit x or each other.
+    Returns [..., target] in x's dtype. Raises ValueError for tables that do not fit x or each other; what is chosen is
+    looked at on a processor alone, since a GPU would have to be waited for.
     """
     (tiles, P), n, target = signs.shape, x.shape[-1], len(chosen)
     if power_of_2(n) != P or tiles != -(-target // P):
         raise ValueError(
             f"srht: signs [{tiles}, {P}] do not fit {n} numbers in, {target} out; SRHT.draw({n}, {target}) makes those"
         )
+    if chosen.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in chosen.aminmax())
+        if low < 0 or high >= P:  # compiled code would read and write beyond the tile
+            raise ValueError(f"srht: chosen holds {low} to {high}; numbers of a tile are 0 to {P - 1}")
     if block is not None and (block < 1 or power_of_2(block) != block):
         raise ValueError(f"srht: block={block} is not a power of two; 256 is usual, None is no norm")
     # The largest block is one that a program of the kernel holds.

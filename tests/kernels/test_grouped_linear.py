@@ -74,3 +74,10 @@ def test_compiles_to_one_graph_that_serves_any_grouping():
 def test_the_registration_is_what_torch_library_asks_for():
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(kernel._grouped, inputs([2, 3, 7], True), test_utils=checks)
+
+
+@pytest.mark.parametrize("ends", [[2, 4], [2, 9], [8, 7], [-1, 7], []])
+def test_ends_that_leave_rows_out_are_refused(ends):
+    x, w, _, b = inputs([2, 7], True)
+    with pytest.raises(ValueError, match="ends must rise to the 7 rows"):
+        grouped_linear(x, w, torch.tensor(ends, dtype=torch.int64), b)

@@ -174,6 +174,8 @@ def test_every_configuration_is_compiled_and_depends_on_the_width_alone():
         (lambda: fwht(torch.ones(2, 3)), "fwht: 3 is not a power of two; pad the last axis to 4"),
         (lambda: srht(torch.ones(2, 3), *SRHT.draw(8, 4)), "do not fit 3 numbers in, 4 out"),
         (lambda: srht(torch.ones(2, 8), *SRHT.draw(8, 4), block=3), "block=3 is not a power of two"),
+        (lambda: srht(torch.ones(2, 8), *SRHT(SRHT.draw(8, 2).signs, torch.tensor([0, 8]))), "chosen holds 0 to 8"),
+        (lambda: srht(torch.ones(2, 8), *SRHT(SRHT.draw(8, 2).signs, torch.tensor([-1, 3]))), "chosen holds -1 to 3"),
         (lambda: SRHT.draw(0, 4), "both must be positive"),
     ],
 )
