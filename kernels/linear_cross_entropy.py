@@ -401,7 +401,9 @@ def linear_cross_entropy(
     link: what else stands between the product and the logits, [N, V] -> [N, V]; with it all logits are built.
     Returns (loss, nll); nll has no gradient. Under autocast products are in its dtype, sums in float32 all the same.
     Without gradients only losses are made. Memory beside gradients: the logits of `chunk_rows` rows.
-    Raises ValueError for settings that do not exist; RuntimeError where it is differentiated twice.
+    A target that is neither a word nor ignore_index gives NaN on a GPU, and an error on a processor.
+    Raises ValueError for settings that do not exist and shapes that do not fit; RuntimeError where it is differentiated
+    twice, unless it took the reference.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r} does not exist; sum and mean do")
@@ -409,6 +411,14 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: smoothing={smoothing} must lie in [0, 1)")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"linear_cross_entropy: softcap={softcap} must be above 0, or None")
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"linear_cross_entropy: x {list(x.shape)}, weight {list(weight.shape)} must be [N, D], [V, D]")
+    # Targets or a bias of another length would be read beyond their end, or as those of other rows.
+    if targets.shape != x.shape[:1] or targets.dtype != torch.int64:
+        words = f"targets {list(targets.shape)} in {targets.dtype} must be [{x.shape[0]}] in torch.int64"
+        raise ValueError(f"linear_cross_entropy: {words}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear_cross_entropy: bias {list(bias.shape)} must be [{weight.shape[0]}]")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if link is not None and impl == "auto":

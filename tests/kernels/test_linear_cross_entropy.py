@@ -307,6 +307,23 @@ def test_settings_that_do_not_exist_are_refused_by_name(settings_, words):
         linear_cross_entropy(x, w, targets, **settings_)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"x": torch.ones(1, 3, 2)}, r"x \[1, 3, 2\], weight \[4, 2\] must be \[N, D\], \[V, D\]"),
+        ({"weight": torch.ones(4, 3)}, r"weight \[4, 3\] must be"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, r"targets \[5\] in torch.int64 must be \[3\]"),
+        ({"targets": torch.zeros(3, dtype=torch.int32)}, r"targets \[3\] in torch.int32"),
+        ({"bias": torch.ones(1)}, r"bias \[1\] must be \[4\]"),
+    ],
+)
+@pytest.mark.parametrize("impl", [*FAST, "reference", "auto"])
+def test_shapes_that_do_not_fit_are_refused_on_every_path(arguments, words, impl):
+    given = {"x": torch.ones(3, 2), "weight": torch.ones(4, 2), "targets": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=words):
+        linear_cross_entropy(**{**given, **arguments}, impl=impl)
+
+
 def test_a_link_and_few_logits_take_the_reference():
     x, w, targets = draw(64, 4, 8192 + 1)
     with record() as ran:
