@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.op import Build, Op, pick, triton
+from kernels.op import NAMESPACE, Build, Op, pick, triton
 
 if triton is not None:
     import triton.language as tl
@@ -124,7 +124,7 @@ def _empty(gate: Tensor, value: Tensor | None) -> Tensor:
     return torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, value.dtype), device=gate.device)
 
 
-@torch.library.custom_op("novella::glu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::glu", mutates_args=())
 def _glu(gate: Tensor, value: Tensor | None, activation: str) -> Tensor:
     y = _empty(gate, value)
     if y.numel():
@@ -141,7 +141,7 @@ def _(gate: Tensor, value: Tensor | None, activation: str) -> Tensor:
     return _empty(gate, value)
 
 
-@torch.library.custom_op("novella::glu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::glu_backward", mutates_args=())
 def _glu_backward(dy: Tensor, gate: Tensor, value: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """The gradients of gate (packed: of both halves) and of value (packed: empty)."""
     first = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)

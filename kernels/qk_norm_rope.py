@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.op import Build, Op, pick, power_of_2, triton, wide
+from kernels.op import NAMESPACE, Build, Op, pick, power_of_2, triton, wide
 
 if triton is not None:
     import triton.language as tl
@@ -259,7 +259,7 @@ def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tens
     return cos, sin, cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
 
 
-@torch.library.custom_op("novella::qk_norm_rope", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope", mutates_args=())
 def _fused(
     qk: Tensor, H: int, cos: Tensor | None, sin: Tensor | None, norm: str,
     gain_q: Tensor | None, gain_k: Tensor | None, eps: float,
@@ -290,7 +290,7 @@ def _(
     return tuple(torch.empty(B, T, n, h, dtype=qk.dtype, device=qk.device) for n in (H, heads - H))  # type: ignore[return-value]
 
 
-@torch.library.custom_op("novella::qk_norm_rope_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope_backward", mutates_args=())
 def _fused_backward(
     dq: Tensor, dk: Tensor, qk: Tensor | None, cos: Tensor | None, sin: Tensor | None, norm: str,
     gain_q: Tensor | None, gain_k: Tensor | None, eps: float,

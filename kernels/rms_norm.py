@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.op import Build, Op, pick, triton, wide
+from kernels.op import NAMESPACE, Build, Op, pick, triton, wide
 
 if triton is not None:
     import triton.language as tl
@@ -239,7 +239,7 @@ def _launch(
     return y, s
 
 
-@torch.library.custom_op("novella::rms_norm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
 def _norm(
     x: Tensor, gain: Tensor | None, counted: Tensor | None, low: int, high: int, k: int, eps: float, scale: float
 ) -> Tensor:
@@ -253,7 +253,7 @@ def _(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("novella::add_rms_norm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::add_rms_norm", mutates_args=())
 def _add_norm(
     x: Tensor,
     residual: Tensor,
@@ -287,7 +287,7 @@ def _(
     return y, torch.empty_like(y)
 
 
-@torch.library.custom_op("novella::rms_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
 def _norm_backward(
     dy: Tensor,
     ds: Tensor | None,

@@ -123,6 +123,7 @@ def test_the_folder_s_own_classes_give_the_same_logits_and_import_nothing_of_our
         compile(path.read_text(), path, "exec")
         # Triton may be absent: kernels import it inside `try`.
         assert set(imported(path.read_text())) <= {"torch", "transformers", "triton", *sys.stdlib_module_names}
+        assert '"novella::' not in path.read_text(), "a name that would take this package's operations away"
     again = opened(folder)
     assert type(again) is not type(model) and type(again).__module__.startswith("transformers_modules.")
     assert all(
