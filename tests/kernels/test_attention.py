@@ -165,7 +165,6 @@ def test_sinks_are_those_of_gpt_oss_and_soft_caps_those_of_gemma2(impl):
 
 @pytest.mark.parametrize("cap", [0.5, 50.0])
 def test_large_soft_caps_do_not_magnify_the_rounding_of_small_tanhs(cap):
-    check(OP, arguments(OP, (1, 4, 2, 33, 8, 0)), torch.float32, "triton", DEVICE, fn=partial(attention, impl="triton"))
     q, k, v = qkv(1, 2, 2, 33, 8, torch.float64)
     exact = attention_reference(q, k, v, softcap=cap)
     plain = attention_reference(q.float(), k.float(), v.float(), softcap=cap)
