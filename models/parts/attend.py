@@ -44,7 +44,7 @@ def what_is_seen(at: At, T: int, cached: bool, window: int | None) -> Seen:
     if cached:
         if at.start is not None and T == 1:
             return Seen(None, False, limit or 0)
-        if at.start == 0:
+        if at.start == 0 and at.upto == T:  # a chunk that ends in pads alone has fewer keys than queries
             return Seen(None, True, window=limit)
     elif limit is None or at.start is not None or at.doc is not None:  # positions go up by one in a row or document
         return Seen(None, True, window=limit, doc=at.doc)

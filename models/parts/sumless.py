@@ -242,7 +242,7 @@ class VPolyMax(PolyMax):
     @classmethod
     def small(cls) -> VPolyMax:
         """Logits of a narrow model outgrow the weight that all others keep below 0."""
-        return cls(height=0.1)
+        return cls(height=0.02)
 
     def line(self, z: Tensor) -> Tensor:
         return self.height + self.height / self.start * z

@@ -13,7 +13,8 @@ from kernels import ops
 from kernels.compiled import Compiled, is_fault, main, table
 from kernels.op import triton
 
-WITH_KERNELS = [name for name, op in ops().items() if "triton" in op.paths]
+# Operations that are made of another's kernels list none of their own.
+WITH_KERNELS = [name for name, op in ops().items() if op.builds is not tuple]
 
 
 @pytest.mark.skipif(triton is None, reason="needs Triton's compiler")
@@ -27,6 +28,11 @@ def test_every_configuration_compiles_for_sm_90_and_sm_80_without_spills(name):
     rows = [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
     assert {row.arch for row in rows} == {80, 90}
     assert all(row.registers for row in rows)
+
+
+def test_every_operation_with_a_triton_path_is_made_of_listed_kernels():
+    composed = {"symmetric_polynomial", "newton_schulz"}  # of symmetric_product's
+    assert {name for name, op in ops().items() if "triton" in op.paths} == {*WITH_KERNELS, *composed}
 
 
 def test_a_spill_without_a_reason_is_a_fault():
