@@ -345,6 +345,24 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
 _fused.register_autograd(_gradients, setup_context=_save)
 
 
+def _check(
+    qk: Tensor, H: int, cos: Tensor | None, sin: Tensor | None, gain_q: Tensor | None, gain_k: Tensor | None
+) -> None:
+    """A kernel would read what lies behind tables and gains that are too short."""
+    if qk.dim() != 4 or not 0 <= H <= qk.shape[2]:
+        raise ValueError(f"qk_norm_rope: qk {list(qk.shape)} must be [B, T, H + K, h], with H={H}")
+    B, T, _, h = qk.shape
+    for gain in (gain_q, gain_k):
+        if gain is not None and gain.shape != (h,):
+            raise ValueError(f"qk_norm_rope: a gain is {list(gain.shape)}; heads of {h} need [{h}]")
+    if cos is None or sin is None:
+        return
+    r = cos.shape[-1]
+    if sin.shape != cos.shape or cos.shape not in ((1, T, 1, r), (B, T, 1, r)) or r % 2 or r > h:
+        words = f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [1 or {B}, {T}, 1, r], r even and at most {h}"
+        raise ValueError(f"qk_norm_rope: {words}")
+
+
 def qk_norm_rope(
     qk: Tensor,
     H: int,
@@ -364,12 +382,13 @@ def qk_norm_rope(
     norm: "rms", "l2" or None.  gain_q, gain_k: [h]; None: 1.  eps: added to the mean square, or to the length.
     Elementwise but for one sum, so autocast leaves the dtype alone. qk is kept for the backward pass, or nothing for a
     rotation alone. A second derivative raises on a GPU.
-    Raises ValueError for an unknown norm, or one table without the other.
+    Raises ValueError for an unknown norm, one table without the other, and shapes that do not fit.
     """
     if norm not in (None, "rms", "l2"):
         raise ValueError(f"qk_norm_rope: norm={norm!r} does not exist; None, 'rms' and 'l2' do")
     if (cos is None) != (sin is None):
         raise ValueError("qk_norm_rope: cos and sin come together; one of them is missing")
+    _check(qk, H, cos, sin, gain_q, gain_k)
     chosen = config(qk.shape[-1], 0 if cos is None else cos.shape[-1])
     fits = chosen is not None and qk.dtype != torch.float64 and qk.numel() < 2**31 * qk.shape[-1]
     path = pick("qk_norm_rope", qk, impl, fits=fits)

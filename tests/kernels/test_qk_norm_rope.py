@@ -153,6 +153,13 @@ def test_wrong_arguments_are_refused_by_name():
         qk_norm_rope(qk, 1, norm="layer")
     with pytest.raises(ValueError, match="cos and sin come together"):
         qk_norm_rope(qk, 1, torch.ones(1, 1, 1, 4))
+    with pytest.raises(ValueError, match=r"qk \[1, 1, 2, 4\] must be \[B, T, H \+ K, h\], with H=3"):
+        qk_norm_rope(qk, 3)
+    with pytest.raises(ValueError, match=r"a gain is \[3\]; heads of 4 need \[4\]"):
+        qk_norm_rope(qk, 1, gain_k=torch.ones(3))
+    for shape in ((1, 2, 1, 4), (2, 1, 1, 4), (1, 1, 1, 3), (1, 1, 1, 6)):
+        with pytest.raises(ValueError, match=r"must be \[1 or 1, 1, 1, r\], r even and at most 4"):
+            qk_norm_rope(qk, 1, torch.ones(shape), torch.ones(shape))
 
 
 # ---- what models run
