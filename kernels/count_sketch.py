@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import array, numba, spread
-from kernels.op import Build, Op, pick, tl, triton, wide
+from kernels.op import NAMESPACE, Build, Op, pick, tl, triton, wide
 
 ROWS, TILE = 8, 128  # of a program: rows, so that tables are read once for them, by buckets or numbers
 
@@ -139,7 +139,7 @@ def _rows_first(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-@torch.library.custom_op("novella::count_sketch", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::count_sketch", mutates_args=())
 def _sketch(x: Tensor, buckets: Tensor, signs: Tensor, order: Tensor, offsets: Tensor, impl: str) -> Tensor:
     rows, m = len(x), len(offsets) - 1
     if impl == "triton":
@@ -161,7 +161,7 @@ def _(x: Tensor, buckets: Tensor, signs: Tensor, order: Tensor, offsets: Tensor,
     return torch.empty(x.shape[0], offsets.shape[0] - 1, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("novella::count_sketch_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::count_sketch_backward", mutates_args=())
 def _sketch_back(dy: Tensor, buckets: Tensor, signs: Tensor, impl: str) -> Tensor:
     rows, n = len(dy), len(buckets)
     buckets, signs = buckets.contiguous(), signs.contiguous()

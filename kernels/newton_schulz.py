@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.op import Build, Op, pick, tl, triton, wide
+from kernels.op import NAMESPACE, Build, Op, pick, tl, triton, wide
 
 Triple = tuple[float, float, float]
 
@@ -191,7 +191,7 @@ def _strips(x: Tensor, alpha: float, beta: float, add: bool) -> Tensor:
     return out
 
 
-@torch.library.custom_op("novella::symmetric_product", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::symmetric_product", mutates_args=())
 def _product(x: Tensor, alpha: float, beta: float, add: bool, path: str) -> Tensor:
     x = x.contiguous()  # free inside Newton-Schulz
     if not x.numel():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.bank_search import gpu, processor
-from kernels.op import Op, pick, wide
+from kernels.op import NAMESPACE, Op, pick, wide
 
 
 def bank_search_reference(q: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def bank_search_reference(q: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tens
     return scores[..., :k], ids[..., :k]
 
 
-@torch.library.custom_op("novella::bank_search", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bank_search", mutates_args=())
 def _search(q: Tensor, keys: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
     if impl == "triton":
         return gpu.search(q, keys, k)
@@ -41,7 +41,7 @@ def _(q: Tensor, keys: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("novella::bank_search_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bank_search_backward", mutates_args=())
 def _search_back(ds: Tensor, ids: Tensor, q: Tensor, keys: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     if impl == "triton":
         return gpu.gradients(ds, ids, q, keys)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.hadamard import gpu, processor
-from kernels.op import Op, pick, power_of_2, wide
+from kernels.op import NAMESPACE, Op, pick, power_of_2, wide
 
 
 class SRHT(NamedTuple):
@@ -64,7 +64,7 @@ def srht_reference(
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("novella::fwht", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::fwht", mutates_args=())
 def _fwht(x: Tensor, impl: str) -> Tensor:
     if impl == "triton":
         P = x.shape[1]
@@ -104,7 +104,7 @@ def fwht(x: Tensor, impl: str = "auto") -> Tensor:
     return _fwht(x.reshape(-1, P), path).view(x.shape)
 
 
-@torch.library.custom_op("novella::srht", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::srht", mutates_args=())
 def _srht(
     x: Tensor, signs: Tensor, chosen: Tensor, scale: float, block: int, eps: float, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ def _(
     return torch.empty(x.shape[0], len(chosen), dtype=x.dtype, device=x.device), rstd
 
 
-@torch.library.custom_op("novella::srht_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::srht_backward", mutates_args=())
 def _srht_back(
     dy: Tensor, y: Tensor, rstd: Tensor, signs: Tensor, chosen: Tensor, n: int, scale: float, block: int, impl: str
 ) -> Tensor:

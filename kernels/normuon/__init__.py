@@ -26,12 +26,12 @@ from torch import Tensor
 from kernels.newton_schulz import Triple, schedule, working_dtype
 from kernels.normuon import tiles
 from kernels.normuon.reference import NEURON_NORMS, SCALES, Rule, new_statistic, statistic_shape, update_reference
-from kernels.op import Op, pick
+from kernels.op import NAMESPACE, Op, pick
 
 __all__ = ["NEURON_NORMS", "OP", "SCALES", "new_statistic", "normuon_update"]
 
 
-@torch.library.custom_op("novella::normuon", mutates_args=("params", "momenta", "statistics"))
+@torch.library.custom_op(f"{NAMESPACE}::normuon", mutates_args=("params", "momenta", "statistics"))
 def _update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -66,8 +66,8 @@ def broken_by_every_seed(spec, seeds=5):
     return figures
 
 
-# Its weight falls as a logit below 0 rises, so a target that starts well below 0 is pushed down for ever: it gets weights
-# as they are drawn, whose logits are small.
+# Its weight falls as a logit below 0 rises, so a target that starts well below 0 is pushed down for ever: it gets the
+# weights as they are drawn, whose logits are small.
 FALLS = {"output_softmax=vpolymax"}
 
 
