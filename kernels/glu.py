@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.op import NAMESPACE, Build, Op, pick, triton
-
-if triton is not None:
-    import triton.language as tl
+from kernels.op import NAMESPACE, Build, Op, pick, tl, triton
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

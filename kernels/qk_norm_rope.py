@@ -17,10 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.op import NAMESPACE, Build, Op, pick, power_of_2, triton, wide
-
-if triton is not None:
-    import triton.language as tl
+from kernels.op import NAMESPACE, Build, Op, pick, power_of_2, tl, triton, wide
 
 HALVES, RESTS = (32, 64, 128), (0, 128)  # block widths of a turned half, and of what is not turned
 # Backward programs walk over heads, so that each leaves one partial sum of the gains' gradients. An H100 or H200 has

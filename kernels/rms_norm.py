@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.op import NAMESPACE, Build, Op, pick, triton, wide
-
-if triton is not None:
-    import triton.language as tl
+from kernels.op import NAMESPACE, Build, Op, pick, tl, triton, wide
 
 # Rows wider than this do not fit the registers of one program; they take the reference.
 WIDEST = 8192

@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -112,6 +114,28 @@ def user_package(folder, monkeypatch, name, **files):
         (folder / name / f"{stem}.py").write_text(text)
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()
+
+
+@torch.no_grad()
+def test_the_folder_opens_where_triton_and_numba_are_not(tmp_path):
+    """transformers looks for the packages of every import outside `try`: one below `if` would ask for Triton."""
+    model = create(TINY).eval()
+    folder = saved(model, tmp_path / "hf")
+    code = f"""import sys
+sys.modules.update(triton=None, numba=None)
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] in ("triton", "numba") else find(name, *a)
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True, dtype=torch.float32).eval()
+ids = torch.arange(9)[None]
+with torch.no_grad():
+    torch.save(model(ids).logits, {str(tmp_path / "logits.pt")!r})"""
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), model(torch.arange(9)[None]).logits)
 
 
 @torch.no_grad()
