@@ -21,6 +21,9 @@ from kernels import ops
 from kernels.op import Build, triton
 
 
+ARCHITECTURES = ("80", "86", "89", "90")  # Ampere, Ada, Hopper
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One kernel for one architecture. registers: per thread; spills: bytes stored and loaded; shared: bytes."""
@@ -95,9 +98,16 @@ def is_fault(row: Compiled) -> bool:
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     given = dict(word.split("=", 1) for word in words if "=" in word)
+    if {"-h", "--help"} & {*words}:
+        print(__doc__)
+        return 0
     known, wanted = ops(), [word for word in words if "=" not in word]
     if wrong := [w for w in wanted if w not in known] + [k for k in given if k not in ("arch", "out")]:
         print(f"error: {wrong[0]!r} is neither an operation ({', '.join(known)}) nor arch= or out=", file=sys.stderr)
+        return 2
+    arches = given.get("arch", "90,80").split(",")
+    if wrong := [a for a in arches if a not in ARCHITECTURES]:
+        print(f"error: arch={wrong[0]}: {', '.join(ARCHITECTURES)} are compiled for", file=sys.stderr)
         return 2
     if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         print("error: this needs Triton, and TRITON_INTERPRET unset: interpreted kernels have no code", file=sys.stderr)
@@ -105,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name in wanted or known:
         for build in known[name].builds():
-            for arch in map(int, given.get("arch", "90,80").split(",")):
+            for arch in map(int, arches):
                 rows.append(compile_one(name, build, arch))
                 print(json.dumps(asdict(rows[-1])), flush=True)
     if out := given.get("out"):

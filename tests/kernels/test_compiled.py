@@ -46,3 +46,9 @@ def test_a_spill_without_a_reason_is_a_fault():
 def test_an_unknown_operation_is_one_line_and_code_2(capsys):
     assert main(["no_such_op"]) == 2
     assert capsys.readouterr().err.startswith("error: 'no_such_op' is neither an operation")
+
+
+def test_an_architecture_that_is_none_is_one_line_and_code_2(capsys):
+    assert main(["arch=x"]) == 2
+    assert capsys.readouterr().err == "error: arch=x: 80, 86, 89, 90 are compiled for\n"
+    assert main(["--help"]) == 0 and "registers, spills" in capsys.readouterr().out
