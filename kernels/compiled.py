@@ -20,7 +20,6 @@ from pathlib import Path
 from kernels import ops
 from kernels.op import Build, triton
 
-
 ARCHITECTURES = ("80", "86", "89", "90")  # Ampere, Ada, Hopper
 
 
