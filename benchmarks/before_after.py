@@ -63,7 +63,8 @@ if doc is not None:
     step = torch.arange(T).expand(B, T)
     starts = torch.cat([torch.ones(B, 1, dtype=torch.bool), doc[:, 1:] != doc[:, :-1]], 1)
     pos = step - torch.where(starts, step, 0).cummax(1).values
-create(build(GPT, {**tree, "d_model": 8, "n_layers": 1, "attention": "identity"}))  # imports what models need
+small = {"d_model": 16, "n_layers": 1, "vocab_size": 8, "attention": {"kind": "causal", "n_heads": 2}}
+create(build(GPT, small))  # imports what models need
 before = resident("VmRSS")
 model = create(spec).train()
 loss = Loss(model, case.get("z_loss", 0.0))

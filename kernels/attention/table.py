@@ -35,7 +35,7 @@ def cases(device: str) -> list[tuple[torch.dtype, int, int, int, int]]:
         (dtype, max(1, 1024 // T), 4, T, h)
         for dtype in (torch.float32, torch.bfloat16)
         for h in (32, 64)
-        for T in (64, 256, 512, 1024)
+        for T in (64, 128, 256, 512, 1024)
     ]
 
 
