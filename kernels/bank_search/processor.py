@@ -10,7 +10,8 @@ only. The few keys that are left (about 1.5 k) are scored with sums in float64, 
 the tiles nor on threads. Without such instructions the first product is in float32, and E is the error of its sum.
 
 4,096 queries, 16,384 keys, r = 256, k = 32 on one core, in turns: 197 ms, faiss's exact index 326, a float32 product
-alone 315, a bfloat16 one 71; 65,536 keys 531, 1,153, 1,217 and 286. What is left beside the product are the lists and the scoring.
+alone 315, a bfloat16 one 71; 65,536 keys 531, 1,153, 1,217 and 286. What is left beside the product are the lists and
+the scoring.
 """
 
 from __future__ import annotations
