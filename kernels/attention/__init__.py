@@ -123,6 +123,27 @@ def attention_reference(
     return s.softmax(-1)[..., :T].to(v.dtype) @ repeat_heads(v, H)
 
 
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """PyTorch's fused attention of S keys, [B, H, T, h], [B, K, S, h], [B, K, S, hv] -> [B, H, T, hv].
+
+    mask: True or what is added where a query sees a key, [B or 1, H or 1, T, S].  causal: the triangle, without a mask.
+    """
+    H, T = q.shape[1:3]
+    if k.shape[1] != H and (H % k.shape[1] or (q.is_cuda and mask is not None)):
+        # CUDA's fused forms take a mask or shared key heads, not both; repeating keys costs less than the unfused form.
+        k, v = repeat_heads(k, H), repeat_heads(v, H)
+    options: dict[str, Any] = {"dropout_p": dropout, "is_causal": causal, "scale": scale, "enable_gqa": k.shape[1] != H}
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= 256 and torch.is_grad_enabled():
+        # The fused backward for bfloat16 on CPU took 5.9 ms where float32 took 1.2 (B=12, H=4, T=64, h=32); at T=512
+        # they are even. Autocast would cast back, so it is off for this call.
+        with torch.autocast("cpu", enabled=False):
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
 def library(
     q: Tensor,
     k: Tensor,
@@ -136,25 +157,15 @@ def library(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:  # PyTorch would quietly take its unfused form
         raise ValueError(f"attention takes [B, heads, T, size], not {q.dim()}, {k.dim()} and {v.dim()} dimensions")
     H, T = q.shape[1:3]
-    plain = window is None and segments is None and sink is None
-    if k.shape[1] != H and (H % k.shape[1] or (q.is_cuda and not plain)):
-        # CUDA's fused forms take a mask or shared key heads, not both; repeating keys costs less than the unfused form.
-        k, v = repeat_heads(k, H), repeat_heads(v, H)
-    mask = None
-    if not plain:
-        mask = triangle(T, window, segments, q.device)
-        if sink is not None:
-            added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-            column = sink.to(q.dtype)[None, :, None, None].expand(mask.shape[0], H, T, 1)
-            mask = torch.cat([added.expand(-1, H, -1, -1), column], -1)
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # its key is 0: its score is what the mask adds
-    options: dict[str, Any] = {"is_causal": plain, "scale": scale, "enable_gqa": k.shape[1] != H}
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= 256 and torch.is_grad_enabled():
-        # The fused backward for bfloat16 on CPU took 5.9 ms where float32 took 1.2 (B=12, H=4, T=64, h=32); at T=512
-        # they are even.
-        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, **options)
+    if window is None and segments is None and sink is None:
+        return fused(q, k, v, None, causal=True, scale=scale)
+    mask = triangle(T, window, segments, q.device)
+    if sink is not None:
+        added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        column = sink.to(q.dtype)[None, :, None, None].expand(mask.shape[0], H, T, 1)
+        mask = torch.cat([added.expand(-1, H, -1, -1), column], -1)
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # its key is 0: its score is what the mask adds
+    return fused(q, k, v, mask, causal=False, scale=scale)
 
 
 def _registered(name: str, forward: Callable, backward: Callable) -> Callable:

@@ -5,13 +5,13 @@ B batch, T queries, S keys, H heads, K key heads, h head size.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.attention import attention, repeat_heads, triangle
+from kernels.attention import attention, fused, repeat_heads, triangle
 from models.memory import At, visible
 
 
@@ -83,24 +83,13 @@ def attend(
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # its key is 0, so its score is what the mask adds
     B, H, T, h = q.shape
     K = k.shape[1]
-    if H % K:
-        k, v, K = repeat_heads(k, H), repeat_heads(v, H), H
-    if T == 1 and K != H and not seen.causal:
+    if T == 1 and K != H and not H % K and not seen.causal:
         # One query per head: the heads that share a key head become its queries, so that no key is repeated.
         if mask is not None and mask.shape[1] == H:
             mask = mask.reshape(mask.shape[0], K, H // K, mask.shape[-1])
         y = F.scaled_dot_product_attention(q.view(B, K, H // K, h), k, v, mask, dropout, scale=scale)
         return y.reshape(B, H, 1, v.shape[-1])
-    if mask is not None and K != H and q.is_cuda:
-        # CUDA's fused forms take a mask or shared key heads, not both; repeating keys costs less than the unfused form.
-        k, v, K = repeat_heads(k, H), repeat_heads(v, H), H
-    options: dict[str, Any] = {"dropout_p": dropout, "is_causal": seen.causal, "scale": scale, "enable_gqa": K != H}
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= 256 and torch.is_grad_enabled():
-        # float32 is faster there (kernels.attention.library). Autocast would cast back, so it is off for this call.
-        with torch.autocast("cpu", enabled=False):
-            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, **options)
+    return fused(q, k, v, mask, causal=seen.causal, scale=scale, dropout=dropout)
 
 
 def attention_weights(
