@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels import ops
+from kernels.op import triton
 from tests.kernels.judge import arguments, cast, check, flat, outputs_and_grads, strided
 
 OPS = ops()
@@ -65,3 +66,11 @@ def test_compiles_as_one_graph_with_equal_results(op):
 def test_an_unknown_path_is_refused_by_name(op):
     with pytest.raises(ValueError, match=f"{op.name}: impl='fast' does not exist; auto, triton, cpu, reference do"):
         op.fn(**cast(arguments(op, op.shapes[0]), torch.float32), impl="fast")
+
+
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.builds is not tuple], **named)
+def test_nothing_is_tuned_when_it_runs(op):
+    """Tiles come from a function of shapes: a second call costs what the first did, and results repeat."""
+    tuned = (triton.runtime.Autotuner, triton.runtime.autotuner.Heuristics)
+    assert not [b.kernel for b in op.builds() if isinstance(b.kernel, tuned)]
